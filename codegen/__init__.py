@@ -1,0 +1,1 @@
+"""Graph -> Program: kernel texts, launches and buffer table. Nothing here imports cuda."""

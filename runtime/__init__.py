@@ -1,0 +1,1 @@
+"""The only part that touches a device or a model file."""

@@ -1,0 +1,1 @@
+"""What lets generated kernel texts compile and run on a CPU, without a GPU."""
