@@ -1,0 +1,104 @@
+"""Runs a graph, fused or not, in numpy: the meaning that every kernel is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .errors import UsageError
+from .graph import Graph, Node, TensorType
+from .op import Machine
+from .ops import OPS
+from .types import round_i8x2
+
+CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {"f16": np.float16, "f32": np.float32}
+
+
+class Interpreter:
+    """Computes every value of a graph in numpy.
+
+    dtype                float64 or float32: what activations are computed in.
+    cache_dtype          `f16`, as on the device, or `f32`: element type of the caches.
+    exact_activations    treat i8x2 vectors as if they were not rounded: a fused graph then
+                         equals the unfused one up to the order of float operations.
+    in_place_cache       write cache rows into the given arrays instead of copies, so that
+                         a step costs no copy of the cache. The given arrays change.
+    """
+
+    def __init__(
+        self,
+        dtype: type[np.floating[Any]] = np.float64,
+        cache_dtype: str = "f16",
+        exact_activations: bool = False,
+        in_place_cache: bool = False,
+    ) -> None:
+        if cache_dtype not in CACHE_DTYPES:
+            raise UsageError(f"cache_dtype is {cache_dtype!r}, known are {', '.join(CACHE_DTYPES)}")
+        self.machine = Machine(dtype, in_place_cache)
+        self.cache_dtype = CACHE_DTYPES[cache_dtype]
+        self.exact_activations = exact_activations
+
+    def array_dtype(self, type_: TensorType) -> type[np.generic]:
+        """The numpy type that states and constants of this IR type have."""
+        return {"i32": np.int32, "f16": self.cache_dtype}.get(type_.dtype, self.machine.dtype)
+
+    def initial_state(self, graph: Graph) -> dict[str, np.ndarray]:
+        """Zeros for every state, and constants that hold -1 (no end token)."""
+        found = {}
+        for param in graph.params:
+            if param.kind != "weight":
+                fill = -1 if param.kind == "constant" else 0
+                found[param.name] = np.full(param.type.shape, fill, self.array_dtype(param.type))
+        return found
+
+    def run(self, graph: Graph, values: Mapping[str, np.ndarray], until: str | None = None) -> dict[str, np.ndarray]:
+        """All values by name after one step, parameters included.
+
+        values: an array for every parameter: weights already dequantized, in any float type
+        (in `dtype` no product copies them); states and constants as `initial_state` makes them.
+        until: name of a value; the step stops once it is computed.
+        UsageError names a parameter that is missing or has another shape, or an unknown `until`.
+        """
+        known = self._parameters(graph, values)
+        if until is not None and until not in known and all(until != o.name for n in graph.nodes for o in n.outs):
+            raise UsageError(f"graph {graph.name} has no value %{until} to stop at")
+        for node in graph.nodes:
+            if until is not None and until in known:
+                break
+            self.step(node, known)
+        return known
+
+    def step(self, node: Node, known: dict[str, np.ndarray]) -> None:
+        """Runs one node: adds its results to `known`."""
+        ins = [known[value.name] for value in node.ins]
+        outs = OPS[node.op].meaning(self.machine, ins, node.attributes)
+        for value, array in zip(node.outs, outs, strict=True):
+            rounded = value.type.dtype == "i8x2" and not self.exact_activations
+            known[value.name] = round_i8x2(array) if rounded else array
+
+    def results(self, graph: Graph, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The states' next values and the extra outputs, by result name."""
+        return {name: known[value.name] for name, value in graph.results}
+
+    def _parameters(self, graph: Graph, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        missing = [param.name for param in graph.params if param.name not in values]
+        if missing:
+            raise UsageError(f"no array for %{missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        known = {}
+        for param in graph.params:
+            array = values[param.name]
+            if array.shape != param.type.shape:
+                raise UsageError(f"%{param.name} is {param.type}, its array has the shape {list(array.shape)}")
+            if param.kind != "weight":
+                array = self._state(param.name, array, self.array_dtype(param.type))
+            known[param.name] = array
+        return known
+
+    def _state(self, name: str, array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+        if array.dtype == dtype:
+            return array
+        if self.machine.in_place_cache and dtype is self.cache_dtype:
+            raise UsageError(f"%{name} is {array.dtype}, but a cache that changes in place must be {np.dtype(dtype)}")
+        return array.astype(dtype)

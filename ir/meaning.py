@@ -1,0 +1,218 @@
+"""The numpy meaning of the ops: plain functions, the fused ones made of the unfused ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .op import Attributes, Machine
+
+Arrays = tuple[np.ndarray, ...]
+Operands = list[np.ndarray]
+
+
+def factor_of(x: np.ndarray, eps: float) -> np.ndarray:
+    """1 / root mean square of the last axis, which stays with extent 1."""
+    return 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
+
+
+def normalise(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return x * factor_of(x, eps) * weight.astype(x.dtype, copy=False)
+
+
+def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
+    """NeoX order: element i turns together with element i + head_dim/2. x: [heads, head_dim]."""
+    half = x.shape[-1] // 2
+    # Angles in float64: at position 40,000 float32 would be off by thousandths of a radian.
+    angle = position * np.power(float(theta), -2.0 * np.arange(half) / x.shape[-1])
+    cosine, sine = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
+    low, high = x[:, :half], x[:, half:]
+    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=1)
+
+
+def append(machine: Machine, cache: np.ndarray, row: np.ndarray, position: int) -> np.ndarray:
+    """The cache [kv_heads, ctx, head_dim] with `row` at [:, position], rounded to its element type."""
+    target = cache if machine.in_place_cache else cache.copy()
+    target[:, position] = row
+    return target
+
+
+def attend(q: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray, position: int, scale: float) -> np.ndarray:
+    """Softmax attention of q [heads, head_dim] over positions 0..position; heads share keys in groups."""
+    kv_heads = k_cache.shape[0]
+    keys = k_cache[:, : position + 1].astype(q.dtype)
+    values = v_cache[:, : position + 1].astype(q.dtype)
+    groups = q.reshape(kv_heads, -1, q.shape[1])
+    scores = groups @ keys.transpose(0, 2, 1) * q.dtype.type(scale)
+    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (scores / scores.sum(axis=-1, keepdims=True) @ values).reshape(q.shape)
+
+
+def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """silu(gate) * up, without overflow for very negative gates."""
+    small = np.exp(-np.abs(gate))
+    sigmoid = np.where(gate >= 0, 1, small) / (1 + small)
+    return gate * sigmoid * up
+
+
+def choice(logits: np.ndarray, log: np.ndarray, ends: np.ndarray, stop: np.ndarray, position: np.ndarray) -> Arrays:
+    """(token, log, stop, position) after this step."""
+    token = np.array([np.argmax(logits)], dtype=np.int32)
+    return token, recorded(log, token, position), stopping(token, ends, stop), position + np.int32(1)
+
+
+def recorded(log: np.ndarray, token: np.ndarray, position: np.ndarray) -> np.ndarray:
+    changed = log.copy()
+    changed[position[0]] = token[0]
+    return changed
+
+
+def stopping(token: np.ndarray, ends: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    return np.array([1 if stop[0] or token[0] in ends else 0], dtype=np.int32)
+
+
+# One function per row of the table from here on.
+
+
+def embed(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    table, token = ins
+    return (table[token[0]].astype(machine.dtype),)
+
+
+def rms_norm(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (normalise(ins[0], ins[1], attrs["eps"]),)
+
+
+def matvec(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    x, *weights = ins
+    return tuple(weight @ x for weight in weights)
+
+
+def split_heads(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (ins[0].reshape(attrs["heads"], -1),)
+
+
+def merge_heads(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (ins[0].reshape(-1),)
+
+
+def rope(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (rotate(ins[0], int(ins[1][0]), attrs["theta"]),)
+
+
+def cache_append(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (append(machine, ins[0], ins[1], int(ins[2][0])),)
+
+
+def attention(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    q, k_cache, v_cache, position = ins
+    return (attend(q, k_cache, v_cache, int(position[0]), attrs["scale"]),)
+
+
+def swiglu(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (gated(ins[0], ins[1]),)
+
+
+def add(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (ins[0] + ins[1],)
+
+
+def mul(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return ((ins[0] * ins[1]).astype(machine.dtype, copy=False),)
+
+
+def rms_factor(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (factor_of(ins[0], attrs["eps"]),)
+
+
+def argmax(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (np.array([np.argmax(ins[0])], dtype=np.int32),)
+
+
+def record(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (recorded(*ins),)
+
+
+def stop_on(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (stopping(*ins),)
+
+
+def advance(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return (ins[0] + np.int32(1),)
+
+
+def quantize(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    # The interpreter rounds whatever is declared i8x2, so that it can be told not to.
+    return (ins[0],)
+
+
+def scaled_matvec(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    s, factor, *weights = ins
+    return tuple(factor * (weight @ s) for weight in weights)
+
+
+def scaled_swiglu(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    s, factor, gate, up = ins
+    return (gated(factor * (gate @ s), factor * (up @ s)),)
+
+
+def matvec_swiglu(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    x, gate, up = ins
+    return (gated(gate @ x, up @ x),)
+
+
+def matvec_add(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    x, weight, residual = ins
+    return (residual + weight @ x,)
+
+
+def with_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> Arrays:
+    """(x, x * weight, factor of x): what a deferred norm hands on."""
+    return x, x * weight.astype(x.dtype, copy=False), factor_of(x, eps)
+
+
+def matvec_add_norm(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    x, weight, residual, norm_weight = ins
+    return with_norm(residual + weight @ x, norm_weight, attrs["eps"])
+
+
+def embed_norm(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    table, token, norm_weight = ins
+    return with_norm(table[token[0]].astype(machine.dtype), norm_weight, attrs["eps"])
+
+
+def rope_append(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    q, k, v, q_norm, k_norm, k_cache, v_cache, position = ins
+    place = int(position[0])
+
+    def turned(flat: np.ndarray, heads: int, norm: np.ndarray) -> np.ndarray:
+        return rotate(normalise(flat.reshape(heads, -1), norm, attrs["eps"]), place, attrs["theta"])
+
+    q_out = turned(q, attrs["heads"], q_norm)
+    k_out = turned(k, attrs["kv_heads"], k_norm)
+    k_cache = append(machine, k_cache, k_out, place)
+    v_cache = append(machine, v_cache, v.reshape(attrs["kv_heads"], -1), place)
+    return q_out, k_cache, v_cache
+
+
+def rope_attention(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    q, k_cache, v_cache = rope_append(machine, ins, attrs)
+    return attend(q, k_cache, v_cache, int(ins[-1][0]), attrs["scale"]).reshape(-1), k_cache, v_cache
+
+
+def choose(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    return choice(*ins)
+
+
+def kept(logits: np.ndarray, rest: list[np.ndarray], attrs: Attributes) -> Arrays:
+    chosen = choice(logits, *rest)
+    return (logits, *chosen) if attrs.get("keep_logits") else chosen
+
+
+def matvec_choose(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    x, weight, *rest = ins
+    return kept(weight @ x, rest, attrs)
+
+
+def scaled_matvec_choose(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    s, factor, weight, *rest = ins
+    return kept(factor * (weight @ s), rest, attrs)

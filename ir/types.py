@@ -1,0 +1,55 @@
+"""Element types: which exist, what family of kernels reads them, and the i8x2 activation."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Weight types whose blocks hold integers: a GPU multiplies them with int8 activations.
+INTEGER_WEIGHTS = ("q4_k", "q5_k", "q6_k", "q8_0")
+# Weight types that hold plain numbers: a GPU multiplies them with f32 activations.
+FLOAT_WEIGHTS = ("f16", "bf16", "f32")
+WEIGHT_DTYPES = INTEGER_WEIGHTS + FLOAT_WEIGHTS
+
+# Elements per quantization block of a row (1: no blocks); rows are whole numbers of blocks.
+BLOCK_SIZE = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q8_0": 32, "f16": 1, "bf16": 1, "f32": 1}
+
+# What a step computes with: f32 vectors, quantized vectors, token ids and counters, the cache.
+ACTIVATION_DTYPES = ("f32", "i8x2")
+DTYPES = (*WEIGHT_DTYPES, "i8x2", "i32")
+
+I8X2_GROUP = 16
+"""Values that share one scale in an i8x2 vector."""
+
+
+def family(dtype: str) -> str:
+    """`integer` or `float` for a weight type; KeyError for anything that is no weight type."""
+    if dtype in INTEGER_WEIGHTS:
+        return "integer"
+    if dtype in FLOAT_WEIGHTS:
+        return "float"
+    raise KeyError(f"{dtype} is no weight type")
+
+
+def quantize_i8x2(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Splits f32 values into two int8 planes, the way the kernels do it (same float32 order).
+
+    values: any shape whose size is a multiple of 16. Returns (hi int8, lo int8, scale f32):
+    hi and lo shaped [groups, 16], scale [groups]. A value is scale * (254 * hi + lo).
+    """
+    groups = np.asarray(values, dtype=np.float32).reshape(-1, I8X2_GROUP)
+    amax = np.abs(groups).max(axis=1)
+    # A subnormal amax would overflow 127/amax; such a group is as good as zero.
+    alive = amax >= np.finfo(np.float32).tiny * 128
+    inverse = np.where(alive, np.float32(127) / np.where(alive, amax, np.float32(1)), np.float32(0))[:, None]
+    scaled = groups * inverse
+    high = np.clip(np.rint(scaled), -127, 127).astype(np.float32)
+    low = np.clip(np.rint((scaled - high) * np.float32(254)), -127, 127).astype(np.float32)
+    scale = np.where(alive, amax * np.float32(1 / 32258), np.float32(0)).astype(np.float32)
+    return high.astype(np.int8), low.astype(np.int8), scale
+
+
+def round_i8x2(values: np.ndarray) -> np.ndarray:
+    """The values that an i8x2 vector holds instead of `values`; same shape and dtype."""
+    high, low, scale = quantize_i8x2(values)
+    whole = 254.0 * high.astype(np.float64) + low.astype(np.float64)
+    return (whole * scale.astype(np.float64)[:, None]).reshape(values.shape).astype(values.dtype)
