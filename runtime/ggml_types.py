@@ -6,6 +6,7 @@ It is written out here because importing that package takes longer than reading 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,13 @@ REMOVED_TYPES = {
     4: "q4_2", 5: "q4_3", 31: "q4_0_4_4", 32: "q4_0_4_8", 33: "q4_0_8_8",
     36: "iq4_nl_4_4", 37: "iq4_nl_4_8", 38: "iq4_nl_8_8",
 }  # fmt: skip
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of ggml type `dtype` and row-major `shape`, whose rows are whole blocks."""
+    kind = BY_NAME[dtype]
+    return math.prod(shape) // kind.block * kind.nbytes
+
 
 # Unsigned view and exponent mask of each float type: a number with all exponent bits set is infinite or NaN.
 _EXPONENTS: dict[str, tuple[np.dtype[Any], int]] = {

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from ..ir.errors import ModelFileError
 from .file_digest import file_digest
-from .ggml_types import BY_NAME, GGML_TYPES, REMOVED_TYPES, first_not_finite
+from .ggml_types import GGML_TYPES, REMOVED_TYPES, first_not_finite
 from .gguf_cursor import Cursor, pread_into, quoted
 
 # More of those upper bounds stand in gguf_cursor.
@@ -404,9 +404,3 @@ def _split_error(stem: str, count: int, field: str, offset: int | None = None) -
         field,
         offset,
     )
-
-
-def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of ggml type `dtype` and row-major `shape`; rows must be whole blocks."""
-    kind = BY_NAME[dtype]
-    return int(np.prod(shape, dtype=object)) // kind.block * kind.nbytes
