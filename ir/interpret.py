@@ -42,7 +42,9 @@ class Interpreter:
 
     def array_dtype(self, type_: TensorType) -> type[np.generic]:
         """The numpy type that states and constants of this IR type have."""
-        return {"i32": np.int32, "f16": self.cache_dtype}.get(type_.dtype, self.machine.dtype)
+        if type_.dtype == "i32":
+            return np.int32
+        return self.cache_dtype if type_.dtype == "f16" else self.machine.dtype
 
     def initial_state(self, graph: Graph) -> dict[str, np.ndarray]:
         """Zeros for every state, and constants that hold -1 (no end token)."""

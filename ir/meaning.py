@@ -12,11 +12,12 @@ Operands = list[np.ndarray]
 
 def factor_of(x: np.ndarray, eps: float) -> np.ndarray:
     """1 / root mean square of the last axis, which stays with extent 1."""
-    return 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps))
+    mean_square = np.mean(x * x, axis=-1, keepdims=True)
+    return np.asarray(1 / np.sqrt(mean_square + x.dtype.type(eps)))
 
 
 def normalise(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x * factor_of(x, eps) * weight.astype(x.dtype, copy=False)
+    return np.asarray(x * factor_of(x, eps) * weight.astype(x.dtype, copy=False))
 
 
 def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
@@ -44,14 +45,15 @@ def attend(q: np.ndarray, k_cache: np.ndarray, v_cache: np.ndarray, position: in
     groups = q.reshape(kv_heads, -1, q.shape[1])
     scores = groups @ keys.transpose(0, 2, 1) * q.dtype.type(scale)
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return (scores / scores.sum(axis=-1, keepdims=True) @ values).reshape(q.shape)
+    probabilities = scores / scores.sum(axis=-1, keepdims=True)
+    return np.asarray(probabilities @ values).reshape(q.shape)
 
 
 def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     """silu(gate) * up, without overflow for very negative gates."""
     small = np.exp(-np.abs(gate))
     sigmoid = np.where(gate >= 0, 1, small) / (1 + small)
-    return gate * sigmoid * up
+    return np.asarray(gate * sigmoid * up)
 
 
 def choice(logits: np.ndarray, log: np.ndarray, ends: np.ndarray, stop: np.ndarray, position: np.ndarray) -> Arrays:

@@ -114,7 +114,7 @@ class Rule:
     def _replacement(self, rewriter: Rewriter, match: Match) -> list[Node]:
         values = dict(match.values)
         origin = merged_origins(match.nodes.values())
-        nodes = []
+        nodes: list[Node] = []
         for statement in self.after:
             ins = tuple(values[name] for name in statement.ins)
             attrs = {key: _literal(value, match) for key, value in statement.attrs}
