@@ -1,1 +1,18 @@
-"""Device headers, included by the generated kernels. Data only: there is nothing to import."""
+"""The device headers: CUDA C text that generated kernels stand on."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+
+@cache
+def device_header() -> str:
+    """`psigraph_device.cuh`: every instruction and weight type that kernels use."""
+    return (files(__package__) / "psigraph_device.cuh").read_text(encoding="utf-8")
+
+
+@cache
+def repack_header() -> str:
+    """`psigraph_repack.cuh`: where the model file keeps each value."""
+    return (files(__package__) / "psigraph_repack.cuh").read_text(encoding="utf-8")

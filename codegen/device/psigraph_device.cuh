@@ -1,0 +1,506 @@
+// The device header: everything that a generated kernel uses and CUDA C does not have by itself.
+//
+// Machine instructions (inline PTX) live here and nowhere else, each behind a name. With PSIGRAPH_HOST
+// defined, g++ compiles the same kernels for a CPU: every name then has a plain C++ twin that means the
+// same, built on `host::` (runtime/host/cuda_on_cpu.h). No CUDA or standard header is included: the NVRTC
+// wheel carries none.
+#ifndef PSIGRAPH_DEVICE_CUH
+#define PSIGRAPH_DEVICE_CUH
+
+typedef unsigned char u8;
+typedef signed char s8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE static __device__ __forceinline__
+#define METHOD __device__ __forceinline__
+#define FULL_WARP 0xffffffffu
+
+// ---------------------------------------------------------------------------------------------------------
+// Numbers
+// ---------------------------------------------------------------------------------------------------------
+
+#ifdef PSIGRAPH_HOST
+DEVICE float half_to_float(u16 bits) { return host::half_to_float(bits); }
+DEVICE u16 float_to_half(float value) { return host::float_to_half(value); }
+DEVICE float exp2_fast(float x) { return host::exp2(x); }
+DEVICE float bits_to_float(u32 bits) { return host::bit_cast<float>(bits); }
+DEVICE u32 float_to_bits(float value) { return host::bit_cast<u32>(value); }
+DEVICE int round_to_int(float value) { return host::round_to_int(value); }
+#else
+DEVICE float half_to_float(u16 bits) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits)); return f; }
+DEVICE u16 float_to_half(float value) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(value)); return h; }
+DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
+DEVICE int round_to_int(float value) { return __float2int_rn(value); }
+#endif
+
+DEVICE float bfloat_to_float(u16 bits) { return bits_to_float((u32)bits << 16); }
+DEVICE float2 halves_to_floats(u32 pair) { return make_float2(half_to_float((u16)pair), half_to_float((u16)(pair >> 16))); }
+DEVICE void halves_of(uint4 eight, float out[8]) {
+    float2 a = halves_to_floats(eight.x), b = halves_to_floats(eight.y), c = halves_to_floats(eight.z), d = halves_to_floats(eight.w);
+    out[0] = a.x; out[1] = a.y; out[2] = b.x; out[3] = b.y;
+    out[4] = c.x; out[5] = c.y; out[6] = d.x; out[7] = d.y;
+}
+DEVICE float byte_to_float(u32 word, int index) { return (float)((word >> (8 * index)) & 0xffu); }
+DEVICE float signed_byte_to_float(u32 word, int index) { return (float)(s8)(word >> (8 * index)); }
+DEVICE float silu(float x) { return x / (1.0f + exp2_fast(-1.4426950408889634f * x)); }
+
+// ---------------------------------------------------------------------------------------------------------
+// Order between kernels: programmatic launch (sm_90 and later; elsewhere plain edges order the step).
+// The trigger only lets the next kernel start; the wait gives completion and visibility of the one before.
+// Rules (docs/performance.md): every kernel waits, nothing global is written before the wait, and memory
+// that a kernel of the step writes is read with `fresh`, never through the non-coherent path.
+// ---------------------------------------------------------------------------------------------------------
+
+#ifdef PSIGRAPH_HOST
+DEVICE void let_next_kernel_start() { host::grid_trigger(); }
+DEVICE void wait_for_previous_kernel() { host::grid_wait(); }
+#else
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+#endif
+
+// Loads that go to L2: what another SM wrote must not come from a stale line of this SM's L1.
+#ifdef PSIGRAPH_HOST
+template <class T> DEVICE T fresh(const T* p) { return host::fresh(p); }
+#else
+DEVICE float fresh(const float* p) { float v; asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory"); return v; }
+DEVICE u32 fresh(const u32* p) { u32 v; asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
+DEVICE int fresh(const int* p) { int v; asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
+DEVICE float2 fresh(const float2* p) { float2 v; asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory"); return v; }
+DEVICE float4 fresh(const float4* p) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+    return v;
+}
+DEVICE uint4 fresh(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+#endif
+
+// Memory that only earlier steps wrote (the cache's older rows, the position before it moves): a step starts
+// after the one before it has ended, so it may be read before the wait.
+#ifdef PSIGRAPH_HOST
+template <class T> DEVICE T from_earlier_step(const T* p) { return host::from_earlier_step(p); }
+#else
+template <class T> DEVICE T from_earlier_step(const T* p) { return fresh(p); }
+#endif
+
+// A loop whose index is a compile-time constant, so that arrays stay in registers.
+template <int I> struct Index {
+    static constexpr int index = I;
+};
+template <int FROM, int TO, class BODY> DEVICE void for_range(BODY&& body) {
+    if constexpr (FROM < TO) {
+        body(Index<FROM>());
+        for_range<FROM + 1, TO>(body);
+    }
+}
+template <int COUNT, class BODY> DEVICE void for_each(BODY&& body) { for_range<0, COUNT>(body); }
+
+// ---------------------------------------------------------------------------------------------------------
+// A warp's ring: weights on their way into shared memory. A stage is filled by one bulk copy (sm_90 and
+// later) or by 16-byte asynchronous copies of the whole warp (sm_80 to sm_89). All lanes call every function.
+// `Ring::issue` with bytes = 0 keeps the count of copies in step where there is nothing left to copy.
+// ---------------------------------------------------------------------------------------------------------
+
+#ifdef PSIGRAPH_HOST
+template <int DEPTH> struct Ring {
+    DEVICE void open(u64*, int) { host::warp_barrier(); }
+    DEVICE void issue(u64*, int, u8* target, const u8* source, int bytes, int lane) {
+        if (lane == 0 && bytes) host::bulk_copy(target, source, bytes);
+    }
+    DEVICE void wait(u64*, int, int, int) { host::warp_barrier(); }
+    DEVICE void release() { host::warp_barrier(); }
+};
+#elif __CUDA_ARCH__ >= 900
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+template <int DEPTH> struct Ring {
+    // barriers: DEPTH words of shared memory that belong to this warp.
+    DEVICE void open(u64* barriers, int lane) {
+        if (lane < DEPTH) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barriers + lane)) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncwarp();
+    }
+    DEVICE void issue(u64* barriers, int stage, u8* target, const u8* source, int bytes, int lane) {
+        if (lane == 0 && bytes) {
+            u32 barrier = shared_address(barriers + stage);
+            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(target)),
+                         "l"(source), "r"(bytes), "r"(barrier)
+                         : "memory");
+        }
+    }
+    DEVICE void wait(u64* barriers, int stage, int turn, int) {
+        u32 barrier = shared_address(barriers + stage), done = 0;
+        while (!done)
+            asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                         : "=r"(done)
+                         : "r"(barrier), "r"(turn & 1)
+                         : "memory");
+    }
+    DEVICE void release() { __syncwarp(); }
+};
+#else
+template <int DEPTH> struct Ring {
+    DEVICE void open(u64*, int) {}
+    DEVICE void issue(u64*, int, u8* target, const u8* source, int bytes, int lane) {
+        u32 to = (u32)__cvta_generic_to_shared(target);
+        for (int at = lane * 16; at < bytes; at += 512)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(source + at) : "memory");
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    DEVICE void wait(u64*, int, int, int) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+        __syncwarp();
+    }
+    DEVICE void release() { __syncwarp(); }
+};
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// Integer products. A *tile* is 16 rows of a weight matrix; a superblock is 16 rows x 256 columns, a chunk 64
+// columns of it, a group 16 columns. The activation of a group is scale * (254 * high + low), two signed bytes
+// a value (layout `i8x2`): the tensor core multiplies both digits with the weights in one instruction, in
+// columns that would be empty otherwise, so the second digit costs nothing.
+//
+// Lane (g, t) = (lane / 4, lane % 4) owns rows g and g + 8 and group t of every chunk.
+// ---------------------------------------------------------------------------------------------------------
+
+// sums[0..1]: row g, group t, times the high and the low digit; sums[2..3]: row g + 8.
+// weights[2 j], weights[2 j + 1]: unsigned bytes of rows g and g + 8, columns 16 j + 4 t .. + 3.
+// digits: for group lane / 8, digit (lane / 4) % 2, columns 4 t .. + 3.
+#ifdef PSIGRAPH_HOST
+DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) { host::dot_chunk(sums, weights, digits, lane); }
+#else
+DEVICE void dot_group(int sums[4], u32 row_low, u32 row_high, u32 digits) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(row_low), "r"(row_high), "r"(digits));
+}
+DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) {
+    int mine = lane >> 3;
+#pragma unroll
+    for (int group = 0; group < 4; group++) dot_group(sums, weights[2 * group], weights[2 * group + 1], mine == group ? digits : 0u);
+}
+#endif
+
+// The activations of one warp's slice of columns, held in registers.
+// factor[c] = (scale, scale * sum of the group's integers) of group t in chunk c.
+template <int SUPERBLOCKS> struct Digits {
+    u32 digits[4 * SUPERBLOCKS];
+    float2 factor[4 * SUPERBLOCKS];
+    // vector: digits of all groups, 32 bytes each; factors: one float2 a group; first: the slice's first superblock.
+    // Superblocks at `count` and after are zero.
+    METHOD void load(const u8* vector, const float2* factors, int first, int count, int lane) {
+#pragma unroll
+        for (int c = 0; c < 4 * SUPERBLOCKS; c++) {
+            bool inside = c < 4 * count;
+            int chunk = first * 4 + c;
+            digits[c] = inside ? fresh((const u32*)vector + chunk * 32 + lane) : 0u;
+            factor[c] = inside ? fresh(factors + chunk * 4 + (lane & 3)) : make_float2(0.0f, 0.0f);
+        }
+    }
+};
+
+// The activations of a warp's slice for weights that are floating-point numbers: float32 in shared memory.
+struct Floats {
+    const float* values;
+};
+
+DEVICE float integer_sum(const int* sums) { return (float)(254 * sums[0] + sums[1]); }
+
+// Low nibbles: a chunk is 32 lanes x 16 bytes; word j holds rows g (low nibbles) and g + 8 (high nibbles).
+DEVICE void unpack_nibbles(u32 weights[8], uint4 packed) {
+    const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        weights[2 * j] = words[j] & 0x0f0f0f0fu;
+        weights[2 * j + 1] = (words[j] >> 4) & 0x0f0f0f0fu;
+    }
+}
+DEVICE int nibble_at(const u8* plane, int row, int column) {
+    int lane = (row & 7) * 4 + ((column >> 2) & 3);
+    int byte = plane[((column >> 6) * 32 + lane) * 16 + ((column >> 4) & 3) * 4 + (column & 3)];
+    return row < 8 ? byte & 15 : byte >> 4;
+}
+
+// The 6-bit scales and minima of Q4_K and Q5_K for one row, as the file packs them (ggml, get_scale_min_k4):
+// header = {d and dmin as halves, 12 bytes}. Results: bytes 0 and 2 of `low` serve chunks 0 and 1, of `high`
+// chunks 2 and 3, for the half of a chunk (32 columns) that `half` names.
+struct SixBit {
+    u32 low_scale, low_minimum, high_scale, high_minimum;
+    float d, dmin;
+    METHOD void unpack(uint4 header, int half) {
+        int shift = half * 8;
+        low_scale = (header.y & 0x3f3f3f3fu) >> shift;
+        low_minimum = (header.z & 0x3f3f3f3fu) >> shift;
+        high_scale = ((header.w & 0x0f0f0f0fu) | ((header.y >> 2) & 0x30303030u)) >> shift;
+        high_minimum = (((header.w >> 4) & 0x0f0f0f0fu) | ((header.z >> 2) & 0x30303030u)) >> shift;
+        float2 both = halves_to_floats(header.x);
+        d = both.x;
+        dmin = both.y;
+    }
+    METHOD float scale(int chunk) const { return byte_to_float(chunk < 2 ? low_scale : high_scale, 2 * (chunk & 1)); }
+    METHOD float minimum(int chunk) const { return byte_to_float(chunk < 2 ? low_minimum : high_minimum, 2 * (chunk & 1)); }
+};
+
+// What Q4_K and Q5_K share: value = d * scale * quant - dmin * minimum.
+template <class QUANTS, int SUPERBLOCKS>
+DEVICE void dot_with_minimum(const u8* superblock, const uint4* headers, const Digits<SUPERBLOCKS>& x, int s, int lane, float& low_row, float& high_row) {
+    SixBit low, high;
+    low.unpack(headers[lane >> 2], (lane >> 1) & 1);
+    high.unpack(headers[(lane >> 2) + 8], (lane >> 1) & 1);
+    float low_products = 0.0f, low_minima = 0.0f, high_products = 0.0f, high_minima = 0.0f;
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        u32 weights[8];
+        QUANTS::unpack(weights, superblock, c, lane);
+        int sums[4] = {0, 0, 0, 0};
+        dot_chunk(sums, weights, x.digits[4 * s + c], lane);
+        float2 factor = x.factor[4 * s + c];
+        low_products += low.scale(c) * (factor.x * integer_sum(sums));
+        low_minima += low.minimum(c) * factor.y;
+        high_products += high.scale(c) * (factor.x * integer_sum(sums + 2));
+        high_minima += high.minimum(c) * factor.y;
+    }
+    low_row += low.d * low_products - low.dmin * low_minima;
+    high_row += high.d * high_products - high.dmin * high_minima;
+}
+DEVICE float value_with_minimum(const uint4* headers, int quant, int row, int column) {
+    SixBit six;
+    six.unpack(headers[row], (column >> 5) & 1);
+    int chunk = column >> 6;
+    return six.d * six.scale(chunk) * (float)quant - six.dmin * six.minimum(chunk);
+}
+
+// Q4_K: 4 chunks of nibbles (2,048 bytes), 16 headers of 16 bytes.
+struct Q4K {
+    static constexpr int BYTES = 2304;
+    DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) { unpack_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]); }
+    template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
+        dot_with_minimum<Q4K>(superblock, (const uint4*)(superblock + 2048), x, s, lane, low_row, high_row);
+    }
+    DEVICE float element(const u8* superblock, int row, int column) {
+        return value_with_minimum((const uint4*)(superblock + 2048), nibble_at(superblock, row, column), row, column);
+    }
+};
+
+// Q5_K: nibbles, then 4 chunks of fifth bits (32 lanes x 4 bytes; bit 2 j + (row >= 8) of a byte), then headers.
+struct Q5K {
+    static constexpr int BYTES = 2816;
+    DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) {
+        unpack_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]);
+        u32 bits = ((const u32*)(superblock + 2048))[chunk * 32 + lane];
+#pragma unroll
+        for (int i = 0; i < 8; i++) weights[i] |= ((i < 4 ? bits << (4 - i) : bits >> (i - 4)) & 0x10101010u);
+    }
+    template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
+        dot_with_minimum<Q5K>(superblock, (const uint4*)(superblock + 2560), x, s, lane, low_row, high_row);
+    }
+    DEVICE float element(const u8* superblock, int row, int column) {
+        int lane = (row & 7) * 4 + ((column >> 2) & 3);
+        int byte = superblock[2048 + ((column >> 6) * 32 + lane) * 4 + (column & 3)];
+        int fifth = (byte >> (((column >> 4) & 3) * 2 + (row >= 8))) & 1;
+        return value_with_minimum((const uint4*)(superblock + 2560), nibble_at(superblock, row, column) + 16 * fifth, row, column);
+    }
+};
+
+// Q6_K: nibbles, then 4 chunks of bits 4 and 5 (32 lanes x 8 bytes; word j / 2, bits 4 (j % 2) + 2 (row >= 8)),
+// then int8 scales as lane (g, t) reads them (row g chunks 0..3, row g + 8 chunks 0..3), then d of 16 rows.
+// value = d * scale * (quant - 32).
+struct Q6K {
+    static constexpr int BYTES = 3360;
+    DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) {
+        unpack_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]);
+        uint2 bits = ((const uint2*)(superblock + 2048))[chunk * 32 + lane];
+        const u32 words[2] = {bits.x, bits.y};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            int at = 2 * (i & 3);
+            weights[i] |= (at < 4 ? words[i >> 2] << (4 - at) : words[i >> 2] >> (at - 4)) & 0x30303030u;
+        }
+    }
+    template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
+        uint2 scales = ((const uint2*)(superblock + 3072))[lane];
+        const u16* d = (const u16*)(superblock + 3328);
+        float low = 0.0f, high = 0.0f;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            u32 weights[8];
+            unpack(weights, superblock, c, lane);
+            int sums[4] = {0, 0, 0, 0};
+            dot_chunk(sums, weights, x.digits[4 * s + c], lane);
+            float2 factor = x.factor[4 * s + c];
+            low += signed_byte_to_float(scales.x, c) * (factor.x * integer_sum(sums) - 32.0f * factor.y);
+            high += signed_byte_to_float(scales.y, c) * (factor.x * integer_sum(sums + 2) - 32.0f * factor.y);
+        }
+        low_row += half_to_float(d[lane >> 2]) * low;
+        high_row += half_to_float(d[(lane >> 2) + 8]) * high;
+    }
+    DEVICE float element(const u8* superblock, int row, int column) {
+        int g = row & 7, t = (column >> 2) & 3, chunk = column >> 6, group = (column >> 4) & 3;
+        int byte = superblock[2048 + (chunk * 32 + g * 4 + t) * 8 + (group >> 1) * 4 + (column & 3)];
+        int high_bits = (byte >> ((group & 1) * 4 + (row >= 8) * 2)) & 3;
+        int scale = ((const s8*)superblock)[3072 + (g * 4 + group) * 8 + (row >= 8) * 4 + chunk];
+        return half_to_float(((const u16*)(superblock + 3328))[row]) * (float)scale * (float)(nibble_at(superblock, row, column) + 16 * high_bits - 32);
+    }
+};
+
+// Q8_0: bytes + 128 so that they are unsigned (4 chunks x 2 halves x 32 lanes x 16 bytes; word 2 (j % 2) + (row >= 8)
+// of half j / 2), then 8 halves of scales a row. value = d * (quant - 128).
+struct Q80 {
+    static constexpr int BYTES = 4352;
+    template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
+        const uint4* scales = (const uint4*)(superblock + 4096);
+        uint4 low_scales = scales[lane >> 2], high_scales = scales[(lane >> 2) + 8];
+        const u32 low_words[4] = {low_scales.x, low_scales.y, low_scales.z, low_scales.w};
+        const u32 high_words[4] = {high_scales.x, high_scales.y, high_scales.z, high_scales.w};
+        int shift = ((lane >> 1) & 1) * 16;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            uint4 a = ((const uint4*)superblock)[(c * 2) * 32 + lane], b = ((const uint4*)superblock)[(c * 2 + 1) * 32 + lane];
+            const u32 weights[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+            int sums[4] = {0, 0, 0, 0};
+            dot_chunk(sums, weights, x.digits[4 * s + c], lane);
+            float2 factor = x.factor[4 * s + c];
+            low_row += half_to_float((u16)(low_words[c] >> shift)) * (factor.x * integer_sum(sums) - 128.0f * factor.y);
+            high_row += half_to_float((u16)(high_words[c] >> shift)) * (factor.x * integer_sum(sums + 2) - 128.0f * factor.y);
+        }
+    }
+    DEVICE float element(const u8* superblock, int row, int column) {
+        int lane = (row & 7) * 4 + ((column >> 2) & 3), group = (column >> 4) & 3;
+        int quant = superblock[(((column >> 6) * 2 + (group >> 1)) * 32 + lane) * 16 + ((group & 1) * 2 + (row >= 8)) * 4 + (column & 3)];
+        return half_to_float(((const u16*)(superblock + 4096))[row * 8 + (column >> 5)]) * (float)(quant - 128);
+    }
+};
+
+// Floating-point weights: group by group (16 columns), 32 lanes x (4 values of row g, 4 of row g + 8).
+template <class NUMBER> struct FloatTiles {
+    static constexpr int LANE = 8 * NUMBER::BYTES_EACH;
+    static constexpr int BYTES = 16 * 32 * LANE;
+    DEVICE void dot(const u8* superblock, const Floats& x, int s, int lane, float& low_row, float& high_row) {
+#pragma unroll 4
+        for (int group = 0; group < 16; group++) {
+            float4 a = *(const float4*)(x.values + s * 256 + group * 16 + (lane & 3) * 4);
+            float4 low, high;
+            NUMBER::load(superblock, group * 32 + lane, low, high);
+            low_row += low.x * a.x + low.y * a.y + (low.z * a.z + low.w * a.w);
+            high_row += high.x * a.x + high.y * a.y + (high.z * a.z + high.w * a.w);
+        }
+    }
+    DEVICE float element(const u8* superblock, int row, int column) {
+        int lane = (row & 7) * 4 + ((column >> 2) & 3), index = column & 3;
+        float4 low, high;
+        NUMBER::load(superblock, (column >> 4) * 32 + lane, low, high);
+        float4 four = row < 8 ? low : high;
+        return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
+    }
+};
+struct HalfNumber {
+    static constexpr int BYTES_EACH = 2;
+    DEVICE void load(const u8* superblock, int at, float4& low, float4& high) {
+        uint4 v = ((const uint4*)superblock)[at];
+        float2 a = halves_to_floats(v.x), b = halves_to_floats(v.y), c = halves_to_floats(v.z), d = halves_to_floats(v.w);
+        low = make_float4(a.x, a.y, b.x, b.y);
+        high = make_float4(c.x, c.y, d.x, d.y);
+    }
+};
+struct BfloatNumber {
+    static constexpr int BYTES_EACH = 2;
+    DEVICE void load(const u8* superblock, int at, float4& low, float4& high) {
+        uint4 v = ((const uint4*)superblock)[at];
+        low = make_float4(bits_to_float(v.x << 16), bits_to_float(v.x & 0xffff0000u), bits_to_float(v.y << 16), bits_to_float(v.y & 0xffff0000u));
+        high = make_float4(bits_to_float(v.z << 16), bits_to_float(v.z & 0xffff0000u), bits_to_float(v.w << 16), bits_to_float(v.w & 0xffff0000u));
+    }
+};
+struct FloatNumber {
+    static constexpr int BYTES_EACH = 4;
+    DEVICE void load(const u8* superblock, int at, float4& low, float4& high) {
+        low = ((const float4*)superblock)[2 * at];
+        high = ((const float4*)superblock)[2 * at + 1];
+    }
+};
+typedef FloatTiles<HalfNumber> F16;
+typedef FloatTiles<BfloatNumber> BF16;
+typedef FloatTiles<FloatNumber> F32;
+
+// ---------------------------------------------------------------------------------------------------------
+// Sums within a warp, in a fixed order, so that two runs give the same bits.
+// ---------------------------------------------------------------------------------------------------------
+
+// Sum over `width` neighbouring lanes (a power of two); every lane gets it.
+DEVICE float lanes_sum(float value, int width) {
+    for (int d = width >> 1; d; d >>= 1) value += __shfl_xor_sync(FULL_WARP, value, d);
+    return value;
+}
+DEVICE int lanes_sum(int value, int width) {
+    for (int d = width >> 1; d; d >>= 1) value += __shfl_xor_sync(FULL_WARP, value, d);
+    return value;
+}
+DEVICE float lanes_max(float value, int width) {
+    for (int d = width >> 1; d; d >>= 1) value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, d));
+    return value;
+}
+
+// Write one value of an i8x2 vector. 16 neighbouring lanes hold one group; all 32 lanes call it, those with
+// `inside` false write nothing (a whole group is inside or outside). index: the value's place in the vector.
+DEVICE void store_digits(u8* vector, float2* factors, int index, float value, bool inside) {
+    float amax = lanes_max(fabsf(value), 16);
+    bool alive = amax >= 1.50463277e-36f;  // 128 * smallest normal number: below, 127 / amax could overflow
+    float inverse = alive ? 127.0f / amax : 0.0f;
+    float scaled = value * inverse;
+    int high = round_to_int(scaled);
+    int low = round_to_int((scaled - (float)high) * 254.0f);
+    int sum = lanes_sum(254 * high + low, 16);
+    if (inside) {
+        int group = index >> 4, at = index & 15;
+        vector[group * 32 + at] = (u8)(s8)high;
+        vector[group * 32 + 16 + at] = (u8)(s8)low;
+        if (at == 0) {
+            float scale = alive ? amax * (1.0f / 32258.0f) : 0.0f;
+            factors[group] = make_float2(scale, scale * (float)sum);
+        }
+    }
+}
+
+// 1 / sqrt(mean of squares + eps) from partial sums of squares; all 32 lanes of one warp call it.
+DEVICE float factor_from_parts(const float* parts, int count, float inverse_size, float eps, int lane) {
+    float sum = 0.0f;
+    for (int i = lane; i < count; i += 32) sum += fresh(parts + i);
+    return rsqrtf(lanes_sum(sum, 32) * inverse_size + eps);
+}
+
+// A key that orders by value, then by lowest index; a number that is not one counts as lowest of all.
+DEVICE u64 choice_key(float value, int index) {
+    u32 bits = float_to_bits(value);
+    bits = value == value ? ((bits & 0x80000000u) ? ~bits : bits | 0x80000000u) : 0u;
+    return ((u64)bits << 32) | (0xffffffffu - (u32)index);
+}
+DEVICE int choice_index(u64 key) { return (int)(0xffffffffu - (u32)key); }
+
+// The state moves on by one token; one thread of the step calls it.
+DEVICE void move_on(int chosen, int* token, int* log, const int* end_tokens, int* stop, int* position) {
+    int at = fresh((const int*)position), stopped = fresh((const int*)stop);
+    for (int i = 0; i < 8; i++) stopped |= end_tokens[i] == chosen;
+    *token = chosen;
+    log[at] = chosen;
+    *stop = stopped;
+    *position = at + 1;
+}
+
+#endif

@@ -1,0 +1,71 @@
+"""What an emitter gets and gives: the lowering context and one kernel with its launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..ir.graph import Node, Value
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Factor:
+    """How an RMS factor lies in memory: partial sums of squares, finished by each reader."""
+
+    buffer: str
+    parts: int
+    size: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """One kernel and how to launch it. `body` follows the include line and header comment.
+
+    entry is replaced for the word KERNEL in the body, once its text has a name.
+    """
+
+    stem: str
+    body: str
+    grid: int
+    block: int
+    args: tuple[str | int, ...]
+    shared_bytes: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    cache_bytes_per_position: int = 0
+    cluster: int = 1
+    describe: str = ""
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+class Context(Protocol):
+    """What lowering offers to an emitter."""
+
+    target: Target
+    ctx: int
+
+    def read(self, value: Value) -> str:
+        """The buffer in which a value lies."""
+
+    def write(self, value: Value) -> str:
+        """A buffer for a result."""
+
+    def write_factor(self, value: Value, parts: int, size: int, eps: float) -> str:
+        """A buffer of partial sums of squares for a factor."""
+
+    def factor(self, value: Value) -> Factor:
+        """Where a factor's partial sums lie."""
+
+    def in_place(self, result: Value, state: Value) -> str:
+        """The result takes the state's own buffer."""
+
+    def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
+        """Memory private to this launch."""
+
+    def table(self, name: str, nbytes: int, **attrs: object) -> str:
+        """A table that the runtime fills when the model is loaded."""
+
+    def index(self, node: Node) -> int:
+        """The node's place in the step."""

@@ -1,0 +1,95 @@
+"""Launch shapes of products: how a matrix is cut over blocks, warps and ring stages.
+
+A product's rows are cut into *units* (one tile of 16 rows; for SwiGLU a tile of the gate
+and the same tile of up). Unit u belongs to block u mod grid. Inside a block, `column_warps`
+warps share the columns of a tile (each a *slice* of whole superblocks) and `tile_warps`
+such teams take turns with the block's tiles. Each warp has a ring of `depth` stages in
+shared memory, one stage an *item*: its slice of one tile.
+
+Measured on the GPU (docs/performance.md): everything that the ring can hold is requested
+before the kernel waits for the one before it, so a deep ring hides the memory; a small
+block lets kernels of several hops be resident at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..ir.errors import UnsupportedModelError
+from .target import Target
+
+MAX_SLICE = 4  # superblocks a warp keeps in registers: 12 registers each
+MAX_WARPS = 16
+RING_LIMIT = 112 * 1024  # bytes of ring a block: two kernels resident on an SM with 227 KB
+
+
+@dataclass(frozen=True)
+class ProductShape:
+    """grid in blocks; warps per block = column_warps * tile_warps; depth in ring stages."""
+
+    grid: int
+    column_warps: int
+    tile_warps: int
+    depth: int
+    units_per_block: int
+
+    @property
+    def warps(self) -> int:
+        return self.column_warps * self.tile_warps
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+
+def product_shape(
+    units: int,
+    tiles_per_unit: int,
+    superblocks: int,
+    superblock_bytes: int,
+    target: Target,
+    *,
+    reserve: int = 0,
+    column_warps: int | None = None,
+    tile_warps: int | None = None,
+    ring_limit: int = RING_LIMIT,
+) -> ProductShape:
+    """The shape of a product.
+
+    units, tiles_per_unit, superblocks: the matrix; superblock_bytes: of its widest weight
+    type; reserve: shared bytes that the kernel needs besides ring and partial sums.
+    UnsupportedModelError if the columns exceed what a block's warps can hold.
+    """
+    per_block = -(-units // target.sm_count)
+    grid = -(-units // per_block)
+    tiles_per_block = per_block * tiles_per_unit
+    if column_warps is None:
+        column_warps = _column_warps(superblocks)
+    slice_ = -(-superblocks // column_warps)
+    if slice_ > MAX_SLICE or column_warps > 32:
+        raise UnsupportedModelError(f"a product over {superblocks * 256} columns is wider than kernels support (32768)")
+    if tile_warps is None:
+        tile_warps = max(1, min(8 // column_warps, tiles_per_block))
+    items = -(-tiles_per_block // tile_warps)
+    item_bytes = slice_ * superblock_bytes
+    warps = column_warps * tile_warps
+    rows = tiles_per_block * 16
+    partial = column_warps * rows * 4
+    room = min(ring_limit, target.shared_bytes - reserve - partial - warps * 64 - 256)
+    depth = max(1, min(items, 8, room // (warps * item_bytes)))
+    if depth * warps * item_bytes > target.shared_bytes - reserve - partial - warps * 64:
+        raise UnsupportedModelError(
+            f"a product over {superblocks * 256} columns needs more shared memory than {target.arch} has"
+        )
+    return ProductShape(grid, column_warps, tile_warps, depth, per_block)
+
+
+def _column_warps(superblocks: int) -> int:
+    """Warps that share a tile's columns: slices of at most MAX_SLICE, even where possible."""
+    for warps in (8, 6, 12, 10, 7, 9, 5, 11, 16, 14, 13, 15, 4, 3, 2, 1, 24, 32):
+        if warps <= superblocks and superblocks % warps == 0 and superblocks // warps <= 3:
+            return warps
+    for warps in (8, 12, 16, 24, 32):
+        if warps <= superblocks and -(-superblocks // warps) <= MAX_SLICE:
+            return warps
+    return min(superblocks, 8) if superblocks <= 32 else 32

@@ -1,0 +1,35 @@
+"""Text with indentation, so that emitted kernels read as if written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Writer:
+    """Lines of C with braces that indent."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._depth = 0
+
+    def line(self, text: str = "") -> None:
+        self._lines.append("    " * self._depth + text if text else "")
+
+    def lines(self, text: str) -> None:
+        """Several lines, their own relative indentation kept."""
+        rows = text.strip("\n").split("\n")
+        margin = min((len(row) - len(row.lstrip()) for row in rows if row.strip()), default=0)
+        for row in rows:
+            self.line(row[margin:].rstrip())
+
+    @contextmanager
+    def block(self, head: str, tail: str = "}") -> Iterator[None]:
+        self.line(head + " {")
+        self._depth += 1
+        yield
+        self._depth -= 1
+        self.line(tail)
+
+    def text(self) -> str:
+        return "\n".join(self._lines) + "\n"

@@ -1,0 +1,105 @@
+"""From a model file to a Program: the wiring between the rooms, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .codegen.lower import lower
+from .codegen.target import Target
+from .ir.errors import ModelFileError, UnsupportedModelError
+from .ir.graph import Graph, TensorType
+from .ir.loader import available_specs, load_spec
+from .ir.program import Program
+from .ir.spec import Binding, ModelSpec
+from .passes.pipeline import PassReport, run_pipeline
+from .runtime.gguf_file import GgufFile, open_gguf
+
+Observe = Callable[[str, Graph], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model file, the spec of its architecture, and the sizes that bind them.
+
+    Close the file, or use the model in a `with` statement.
+    """
+
+    file: GgufFile
+    spec: ModelSpec
+    binding: Binding
+
+    def graph(self, outputs: Sequence[str] = ()) -> Graph:
+        """The unfused decode step; `outputs` may hold "logits"."""
+        return self.spec.graph(self.binding, outputs)
+
+    def fileno(self) -> int:
+        """The open file, for `runtime.upload.WeightSource`."""
+        return self.file.fileno()
+
+    def place(self, name: str) -> tuple[int, int]:
+        """(offset, bytes) of a tensor in the file, for `runtime.upload.WeightSource`."""
+        info = self.file.tensors[name]
+        return info.offset, info.nbytes
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def spec_folder() -> Path:
+    """Where the model specs are: `models/`."""
+    return Path(str(files("psigraph.models")))
+
+
+def find_spec(metadata: Mapping[str, Any]) -> ModelSpec:
+    """The spec of a file's architecture; UnsupportedModelError says why there is none."""
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise ModelFileError("missing, so nobody can tell what model this is", "general.architecture")
+    specs = available_specs(spec_folder())
+    if architecture in specs:
+        return load_spec(specs[architecture])
+    for path in specs.values():
+        reason = load_spec(path).refused.get(architecture)
+        if reason:
+            raise UnsupportedModelError(f"general.architecture: {architecture} is not supported: {reason}")
+    raise UnsupportedModelError(
+        f"general.architecture: {architecture} is not supported; supported are {', '.join(sorted(specs))}"
+    )
+
+
+def open_model(path: str | os.PathLike[str], ctx: int | None = None) -> Model:
+    """Open a model file and check every key and tensor against its spec; reads no weights."""
+    file = open_gguf(path)
+    try:
+        spec = find_spec(file.metadata)
+        types = {name: TensorType(info.dtype, info.shape) for name, info in file.tensors.items()}
+        return Model(file, spec, spec.bind(file.metadata, types, ctx))
+    except BaseException:
+        file.close()
+        raise
+
+
+def fuse(
+    graph: Graph, disable: Sequence[str] = (), observe: Observe | None = None
+) -> tuple[Graph, tuple[PassReport, ...]]:
+    """The graph after the pass pipeline, and what each pass did."""
+    return run_pipeline(graph, disable=tuple(disable), observe=observe)
+
+
+def build_program(
+    model: Model,
+    target: Target,
+    outputs: Sequence[str] = (),
+    disable: Sequence[str] = (),
+    shapes: dict[str, dict[str, int]] | None = None,
+) -> Program:
+    """The Program of a model on a target."""
+    return lower(fuse(model.graph(outputs), disable)[0], target, shapes)

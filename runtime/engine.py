@@ -1,0 +1,390 @@
+"""A Program on a GPU: memory, modules, the captured step, and the decode loop.
+
+The step is captured once as a CUDA graph and replayed per token. Token, position, stop
+flag and the log of chosen tokens live on the device, and the host queues replays ahead:
+it learns tokens in chunks, copied behind the step that made them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..ir.errors import DeviceError, OutOfMemoryError, UsageError
+from ..ir.program import Launch, Program
+from .compiler import CompiledKernel
+from .driver import Driver, HostMemory
+from .tables import table_values
+from .upload import WeightSource, upload_weights
+
+ALIGNMENT = 256
+CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
+END_TOKEN_SLOTS = 8
+PROBE = "read_bandwidth"
+
+
+@dataclass
+class Timings:
+    """Seconds of what happened before the first token, and milliseconds around it."""
+
+    load_s: float = 0.0
+    modules_s: float = 0.0
+    capture_s: float = 0.0
+    bytes_loaded: int = 0
+
+
+@dataclass
+class _Chunk:
+    """Tokens on their way to the host."""
+
+    first: int
+    count: int
+    event: Any
+    memory: HostMemory
+
+
+@dataclass
+class Engine:
+    """Runs a Program. Close it, or use it in a `with` statement.
+
+    graph: replay a captured CUDA graph (True) or launch kernel after kernel (False).
+    """
+
+    driver: Driver
+    program: Program
+    compiled: dict[str, CompiledKernel]
+    source: WeightSource
+    end_tokens: Sequence[int] = ()
+    graph: bool = True
+    progress: Callable[[int, int], None] | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    def __post_init__(self) -> None:
+        self.context = int(self.program.notes["context"])
+        self._address: dict[str, int] = {}
+        self._functions: dict[str, Any] = {}
+        self._modules: list[Any] = []
+        self._host: list[HostMemory] = []
+        self._events: list[Any] = []
+        self._arena = 0
+        self._stream: Any = None
+        self._graph: Any = None
+        self._executable: Any = None
+        self._failed = False
+        self.position = 0
+        try:
+            self._stream = self.driver.call("cuStreamCreate", 1)
+            self._load_modules()
+            self._allocate()
+            self._fill()
+            self._ids = self._pinned(self.context * 4)
+            self._logits = self._pinned(self.program.buffer(self._result("logits")).nbytes) if self.has_logits else None
+            if self.graph:
+                self._capture()
+            self.reset()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- building ---
+
+    def _load_modules(self) -> None:
+        started = time.perf_counter()
+        shared = {launch.kernel: launch.shared_bytes for launch in self.program.launches}
+        for name, kernel in self.compiled.items():
+            module, function = self.driver.load_kernel(kernel.image, name, shared.get(name, 0))
+            self._modules.append(module)
+            self._functions[name] = function
+        self.timings.modules_s = time.perf_counter() - started
+
+    def _allocate(self) -> None:
+        offset = 0
+        offsets = {}
+        for buffer in self.program.buffers:
+            offsets[buffer.name] = offset
+            offset += -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
+        self.arena_bytes = offset
+        cache = sum(b.nbytes for b in self.program.buffers if b.kind == "state")
+        what = f"this model with a context of {self.context} tokens ({cache / 2**20:,.0f} MiB of it KV cache)"
+        self._arena = self.driver.allocate(offset, what)
+        self._address = {name: self._arena + at for name, at in offsets.items()}
+
+    def _fill(self) -> None:
+        started = time.perf_counter()
+        call, stream = self.driver.call, self._stream
+        for buffer in self.program.buffers:
+            if buffer.zeroed:
+                call("cuMemsetD8Async", self._address[buffer.name], 0, buffer.nbytes, stream)
+            elif buffer.kind == "table":
+                self._write(buffer.name, table_values(buffer))
+        for buffer in self.program.buffers:
+            if buffer.kind == "constant":
+                self._write(buffer.name, end_token_slots(self.end_tokens))
+        self.timings.bytes_loaded = upload_weights(
+            self.driver, stream, self.program, self._functions, self._address, self.source, self.progress
+        )
+        self.timings.load_s = time.perf_counter() - started
+
+    def _write(self, buffer: str, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values)
+        self.driver.call("cuMemcpyHtoD", self._address[buffer], data.ctypes.data, data.nbytes)
+
+    def _pinned(self, nbytes: int) -> HostMemory:
+        memory = self.driver.host_memory(nbytes)
+        self._host.append(memory)
+        return memory
+
+    def _event(self) -> Any:
+        event = self.driver.call("cuEventCreate", 0)
+        self._events.append(event)
+        return event
+
+    def _capture(self) -> None:
+        started = time.perf_counter()
+        mode = self.driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self.driver.call("cuStreamBeginCapture", self._stream, mode)
+        try:
+            self._launch_all()
+        except BaseException:
+            _, unfinished = self.driver.api.cuStreamEndCapture(self._stream)
+            if unfinished:
+                self.driver.api.cuGraphDestroy(unfinished)
+            raise
+        self._graph = self.driver.call("cuStreamEndCapture", self._stream)
+        self._executable = self.driver.call("cuGraphInstantiate", self._graph, 0)
+        self.timings.capture_s = time.perf_counter() - started
+
+    def _launch_all(self) -> None:
+        for launch in self.program.launches:
+            self.launch(launch)
+
+    def launch(self, launch: Launch) -> None:
+        """Launch one kernel of the step on the engine's stream."""
+        args = [
+            (self._address[arg], ctypes.c_void_p) if isinstance(arg, str) else (arg, ctypes.c_int)
+            for arg in launch.args
+        ]
+        self.driver.launch(
+            self._functions[launch.kernel],
+            launch.grid,
+            launch.block,
+            launch.shared_bytes,
+            self._stream,
+            args,
+            launch.programmatic,
+            launch.cluster,
+        )
+
+    # --- state ---
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the program leaves the logits of each step in memory."""
+        return any(name == "logits" for name, _ in self.program.results)
+
+    def _result(self, name: str) -> str:
+        return dict(self.program.results)[name]
+
+    def reset(self) -> None:
+        """Back to position 0; the cache's old contents are never read again."""
+        self._check()
+        for state in ("token", "position", "stop"):
+            self.driver.call("cuMemsetD8Async", self._address[state], 0, 4, self._stream)
+        self.synchronize()
+        self.position = 0
+
+    def synchronize(self) -> None:
+        """Wait for everything queued."""
+        self._guard("cuStreamSynchronize", self._stream)
+
+    def _check(self) -> None:
+        if self._failed:
+            raise DeviceError("the GPU failed earlier in this process; start the program again")
+
+    def _guard(self, name: str, *args: Any) -> Any:
+        """A call after which a failure leaves nothing that can be trusted."""
+        try:
+            return self.driver.call(name, *args)
+        except OutOfMemoryError:
+            raise
+        except DeviceError:
+            self._failed = True
+            raise
+
+    def step(self) -> None:
+        """Queue one decode step; it reads `token` and `position` on the device."""
+        if self.position >= self.context:
+            raise UsageError(f"the context of {self.context} tokens is full; give a larger --ctx")
+        if self._executable is not None:
+            self._guard("cuGraphLaunch", self._executable, self._stream)
+        else:
+            self._launch_all()
+        self.position += 1
+
+    def feed(self, ids: Sequence[int], on_step: Callable[[int], None] | None = None) -> None:
+        """Queue one step for each id; the last step's choice is the first generated token.
+
+        on_step(index) is called after each step is queued.
+        """
+        self._check()
+        if self.position + len(ids) > self.context:
+            raise UsageError(
+                f"{len(ids)} tokens from position {self.position} exceed the context of {self.context}; give a larger --ctx"
+            )
+        self.synchronize()  # the page-locked ids of an earlier feed may still be in use
+        view = np.frombuffer(self._ids.view, dtype=np.int32)
+        view[: len(ids)] = ids
+        for index in range(len(ids)):
+            source = self._ids.address + 4 * index
+            self._guard("cuMemcpyHtoDAsync", self._address["token"], source, 4, self._stream)
+            self.step()
+            if on_step:
+                on_step(index)
+
+    def logits(self) -> np.ndarray:
+        """Logits of the last step, float32[vocabulary]; waits for it."""
+        if self._logits is None:
+            raise UsageError("this engine was built without logits")
+        name = self._result("logits")
+        nbytes = self.program.buffer(name).nbytes
+        self._guard("cuMemcpyDtoHAsync", self._logits.address, self._address[name], nbytes, self._stream)
+        self.synchronize()
+        return np.frombuffer(self._logits.view, dtype=np.float32).copy()
+
+    def forced_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after each of `ids`, float32[len(ids), vocabulary], the ids given, not chosen."""
+        rows: list[np.ndarray] = []
+        self.feed(ids, lambda _: rows.append(self.logits()))
+        return np.stack(rows)
+
+    def chosen(self) -> int:
+        """The token that the last step chose; waits for it."""
+        return int(self._fetch_log(self.position - 1, 1)[0])
+
+    def _fetch_log(self, first: int, count: int) -> np.ndarray:
+        out = np.empty(count, np.int32)
+        self.synchronize()
+        self._guard("cuMemcpyDtoH", out.ctypes.data, self._address["log"] + 4 * first, out.nbytes)
+        return out
+
+    # --- decoding ---
+
+    def decode(self, count: int, chunk: int = CHUNK) -> Iterator[list[int]]:
+        """`count` tokens in chunks, the first of them chosen by the step already queued by `feed`.
+
+        Replays are queued ahead: while the host handles one chunk, the GPU is busy with
+        the next two. UsageError if the context cannot hold them.
+        """
+        self._check()
+        if self.position + count - 1 > self.context:
+            raise UsageError(
+                f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
+            )
+        waiting: deque[_Chunk] = deque()
+        spare: list[tuple[Any, HostMemory]] = []
+        first = self.position - 1  # the log entry of the first token
+        queued, steps = 0, 0
+        try:
+            while queued < count or waiting:
+                while queued < count and len(waiting) < 3:
+                    size = min(chunk, count - queued)
+                    while steps < queued + size - 1:
+                        self.step()
+                        steps += 1
+                    event, memory = spare.pop() if spare else (self._event(), self._pinned(chunk * 4))
+                    source = self._address["log"] + 4 * (first + queued)
+                    self._guard("cuMemcpyDtoHAsync", memory.address, source, size * 4, self._stream)
+                    self._guard("cuEventRecord", event, self._stream)
+                    waiting.append(_Chunk(queued, size, event, memory))
+                    queued += size
+                ready = waiting.popleft()
+                self._guard("cuEventSynchronize", ready.event)
+                tokens = np.frombuffer(ready.memory.view, dtype=np.int32)[: ready.count].tolist()
+                spare.append((ready.event, ready.memory))
+                yield tokens
+        finally:
+            if waiting:  # the consumer left early: nothing may write to freed memory
+                self.driver.api.cuStreamSynchronize(self._stream)
+
+    # --- measuring ---
+
+    def read_bandwidth(self, repeats: int = 5) -> float:
+        """Bytes per second that plain loads read from the weights' memory; the median of `repeats`."""
+        weights = [b for b in self.program.buffers if b.kind == "weight"]
+        start = min(self._address[b.name] for b in weights)
+        end = max(self._address[b.name] + b.nbytes for b in weights)
+        count = (end - start) // 16
+        begin, done = self._event(), self._event()
+        seconds = []
+        for _ in range(repeats + 1):
+            self.driver.call("cuEventRecord", begin, self._stream)
+            args = (
+                (start, ctypes.c_void_p),
+                (count, ctypes.c_ulonglong),
+                (self._address[self.program.buffers[-1].name], ctypes.c_void_p),
+            )
+            self.driver.launch(self._functions[PROBE], 4 * self.program.sm_count, 512, 0, self._stream, args)
+            self.driver.call("cuEventRecord", done, self._stream)
+            self.driver.call("cuEventSynchronize", done)
+            seconds.append(float(self.driver.call("cuEventElapsedTime", begin, done)) / 1e3)
+        return count * 16 / float(np.median(seconds[1:]))
+
+    def step_times(self, count: int) -> np.ndarray:
+        """Microseconds of `count` further steps, one event between each; float64[count]."""
+        events = [self._event() for _ in range(count + 1)]
+        self.driver.call("cuEventRecord", events[0], self._stream)
+        for event in events[1:]:
+            self.step()
+            self.driver.call("cuEventRecord", event, self._stream)
+        self.synchronize()
+        return np.array(
+            [
+                float(self.driver.call("cuEventElapsedTime", a, b)) * 1e3
+                for a, b in zip(events, events[1:], strict=False)
+            ]
+        )
+
+    # --- ending ---
+
+    def close(self) -> None:
+        """Wait, then free everything; a failure while freeing is not reported again."""
+        api = self.driver.api
+        if self._stream is not None:
+            api.cuStreamSynchronize(self._stream)  # never destroy a graph that is running
+        if self._executable is not None:
+            api.cuGraphExecDestroy(self._executable)
+        if self._graph is not None:
+            api.cuGraphDestroy(self._graph)
+        for event in self._events:
+            api.cuEventDestroy(event)
+        for memory in self._host:
+            memory.close()
+        if self._arena:
+            api.cuMemFree(self._arena)
+        for module in self._modules:
+            api.cuModuleUnload(module)
+        if self._stream is not None:
+            api.cuStreamDestroy(self._stream)
+        self._executable = self._graph = self._stream = None
+        self._events, self._host, self._modules, self._arena = [], [], [], 0
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def end_token_slots(end_tokens: Sequence[int]) -> np.ndarray:
+    """The constant `end_tokens`: int32[8], padded with -1; UsageError if there are more."""
+    if len(end_tokens) > END_TOKEN_SLOTS:
+        raise UsageError(f"{len(end_tokens)} end tokens; at most {END_TOKEN_SLOTS} are supported")
+    slots = np.full(END_TOKEN_SLOTS, -1, np.int32)
+    slots[: len(end_tokens)] = list(end_tokens)
+    return slots

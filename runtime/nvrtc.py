@@ -1,0 +1,91 @@
+"""CUDA C -> machine code with NVRTC. Needs no GPU and no driver."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..ir.errors import CompileError, DeviceError
+
+OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--fmad=true", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What the assembler says of one kernel: registers a thread, bytes of static shared memory,
+    of stack frame and of spills (stores + loads)."""
+
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+def nvrtc_version() -> str:
+    """`13.0`, say; DeviceError if the library is not installed."""
+    nvrtc = _bindings()
+    error, major, minor = nvrtc.nvrtcVersion()
+    _check(nvrtc, error, "nvrtcVersion")
+    return f"{major}.{minor}"
+
+
+def compile_kernel(source: str, name: str, arch: str) -> tuple[bytes, KernelResources]:
+    """The cubin of a kernel text, and its resources.
+
+    source: device header and kernel; name: the entry; arch: `sm_90a`. CompileError carries the
+    compiler's first error line.
+    """
+    nvrtc = _bindings()
+    error, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
+    _check(nvrtc, error, "nvrtcCreateProgram")
+    try:
+        options = [f"--gpu-architecture={arch}".encode(), *(option.encode() for option in OPTIONS)]
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        log = _text(nvrtc, program)
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            lines = [line for line in log.splitlines() if "error" in line] or log.splitlines() or [str(error)]
+            raise CompileError(f"kernel {name} for {arch}: {lines[0].strip()}")
+        error, size = nvrtc.nvrtcGetCUBINSize(program)
+        _check(nvrtc, error, "nvrtcGetCUBINSize")
+        cubin = bytearray(size)
+        (error,) = nvrtc.nvrtcGetCUBIN(program, cubin)
+        _check(nvrtc, error, "nvrtcGetCUBIN")
+        return bytes(cubin), parse_resources(log)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def parse_resources(log: str) -> KernelResources:
+    """Reads ptxas' report (`-v`)."""
+
+    def number(pattern: str) -> int:
+        return sum(int(found) for found in re.findall(pattern, log))
+
+    return KernelResources(
+        registers=number(r"Used (\d+) registers"),
+        shared_bytes=number(r"(\d+) bytes smem"),
+        stack_bytes=number(r"(\d+) bytes stack frame"),
+        spill_bytes=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+    )
+
+
+def _bindings():  # type: ignore[no-untyped-def]
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise DeviceError(f"NVRTC's bindings cannot be imported ({error}); pip install cuda-bindings nvidia-cuda-nvrtc") from error
+    return nvrtc
+
+
+def _text(nvrtc, program) -> str:  # type: ignore[no-untyped-def]
+    error, size = nvrtc.nvrtcGetProgramLogSize(program)
+    _check(nvrtc, error, "nvrtcGetProgramLogSize")
+    text = bytearray(size)
+    (error,) = nvrtc.nvrtcGetProgramLog(program, text)
+    _check(nvrtc, error, "nvrtcGetProgramLog")
+    return bytes(text).rstrip(b"\0").decode(errors="replace")
+
+
+def _check(nvrtc, error, call: str) -> None:  # type: ignore[no-untyped-def]
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        raise CompileError(f"{call} failed: {error.name}")
