@@ -1,1 +1,30 @@
-"""The command line: one file a command."""
+"""The command line: one file a command, imported only when that command is called.
+
+So `psigraph --help` answers at once, and a package that one command lacks does not break the others.
+"""
+
+from __future__ import annotations
+
+import click
+
+from .. import __version__
+from .exit_codes import EPILOG
+from .lazy import LazyGroup
+from .shell import run
+
+__all__ = ["COMMANDS", "main", "run"]
+
+# Command -> what it does. Its module is psigraph.cli.<command>, and the click command in there is `command`.
+COMMANDS = {
+    "synth": "Write a synthetic model file with a real model's exact shapes.",
+    "doctor": "Say what works on this machine, and how to get the rest.",
+}
+
+
+@click.group(cls=LazyGroup, commands_table=COMMANDS, package=__name__, epilog=EPILOG, no_args_is_help=True)
+@click.version_option(__version__, "--version", message="psigraph %(version)s")
+def main() -> None:
+    """Compile a transformer block written in YAML into fused CUDA kernels, and run it.
+
+    One decode step becomes one CUDA graph, replayed for every token.
+    """

@@ -1,0 +1,69 @@
+# make demo, make test, make lint: each sets up all that it needs in .venv, on a machine with Python 3.11+, make and git.
+
+MAKEFLAGS += --no-builtin-rules
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+# PYTHON=/path/to/python3.12 takes that one; else the first of these that is new enough.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
+VENV := .venv/bin/python
+WORKERS ?= 2
+
+.PHONY: help demo test lint pytest compiler clean
+
+help:
+	@echo "make demo   compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
+	echo "make test   lint, types and every test that needs no GPU"
+	echo "make lint   ruff and mypy"
+	echo "make clean  remove everything that make wrote"
+
+demo: .venv/installed
+	@PSIGRAPH_PYTHON=$(VENV) bash scripts/demo.sh
+
+test: compiler lint pytest
+
+pytest: compiler .venv/installed-dev
+	@$(VENV) -m pytest -q -n $(WORKERS) -m "not gpu"
+
+compiler:
+	@command -v g++ > /dev/null || {
+		echo "make test runs the kernels on the CPU and needs g++: apt-get install g++ (or: dnf install gcc-c++)" >&2
+		exit 1
+	}
+
+lint: .venv/installed-dev
+	@$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	# mypy cannot map top-level folders to sub-packages, so it sees them through links under one folder.
+	rm -rf .make/typed
+	mkdir -p .make/typed/psigraph
+	ln -s "$(CURDIR)"/psigraph/* "$(CURDIR)"/{ir,passes,codegen,runtime,models} .make/typed/psigraph/
+	cd .make/typed
+	../../$(VENV) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p psigraph
+
+# The tools run as `python -m`, never through the scripts beside it, whose first line holds the path where the
+# environment was made: so a moved repository needs nothing but a new install.
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || {
+		echo "psigraph needs Python 3.11 or newer; set PYTHON=/path/to/it" >&2
+		exit 1
+	}
+	$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || {
+		echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv" >&2
+		exit 1
+	}
+	echo "setting up .venv (once)"
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	@$(VENV) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .make build dist *.egg-info .pytest_cache .ruff_cache .hypothesis demo-out

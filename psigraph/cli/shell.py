@@ -1,0 +1,128 @@
+"""Runs the command line: every way in which a command can end becomes an exit code and at most one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
+
+import click
+
+from ..ir.errors import OutOfMemoryError, PsigraphError
+from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTEM
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs `psigraph ARGUMENTS` and returns its exit code; messages go to stderr.
+
+    PSIGRAPH_DEBUG, when set and not 0, shows the traceback before the line.
+    """
+    from . import main  # the package imports this module, so it is looked up late
+
+    warnings.showwarning = _show_warning
+    try:
+        # Alone on the line, the program's name asks what it can do.
+        code = main.main(args=list(arguments) or ["--help"], prog_name="psigraph", standalone_mode=False)
+        # Here and not at interpreter exit, where a reader that went away could no longer be answered quietly.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as ending:
+        return ending.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence_stdout()
+        return CLOSED_PIPE
+    except click.ClickException as error:
+        return _fail(_usage_line(error), error.exit_code)
+    except PsigraphError as error:
+        return _fail(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if _is_ours(error.name):
+            return _defect(error)
+        return _fail(
+            f"the Python package {error.name!r} is missing; `psigraph doctor` says what to install", MISSING_PACKAGE
+        )
+    except MemoryError:
+        return _fail(
+            "this machine's main memory is used up; close other programs, or take a smaller model or --ctx",
+            OutOfMemoryError.exit_code,
+        )
+    except OSError as error:
+        if error.strerror is None:
+            return _defect(error)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, SYSTEM)
+    except Exception as error:
+        return _defect(error)
+
+
+def _usage_line(error: click.ClickException) -> str:
+    """click's message in this program's form, with the help that fits."""
+    message = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return message
+    # click begins its messages with a capital; after "psigraph: " that reads like a second sentence.
+    if message[:1].isupper() and not message[1:2].isupper():
+        message = message[0].lower() + message[1:]
+    return f"{message} (see `{context.command_path} --help`)"
+
+
+def _defect(error: Exception) -> int:
+    what = str(error) or "no message"
+    return _fail(
+        f"{type(error).__name__}: {what}; this is a defect; rerun with PSIGRAPH_DEBUG=1 for the traceback", DEFECT
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    """Prints the one line, after the traceback when one is asked for."""
+    if os.environ.get("PSIGRAPH_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    with suppress(BrokenPipeError):  # if nobody reads stderr either, the exit code still tells
+        click.echo(f"psigraph: {printable(message)}", err=True)
+    return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning for the user, in the same form as an error; those for developers keep Python's form."""
+    if category is UserWarning:
+        text = f"psigraph: warning: {printable(str(message))}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    stream = file or sys.stderr
+    if stream is not None:
+        stream.write(text)
+
+
+def printable(message: str) -> str:
+    """The message with control characters escaped: names out of a model file must not drive the terminal.
+
+    Line breaks stay, since an error in a spec shows the program with the offender underlined.
+    """
+    return "".join(
+        letter if letter == "\n" or letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in message
+    )
+
+
+def _is_ours(module: str | None) -> bool:
+    return module is None or module.partition(".")[0] == "psigraph"
+
+
+def _silence_stdout() -> None:
+    """Points stdout at nothing, so that the interpreter's own flush at exit does not complain again."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 1)

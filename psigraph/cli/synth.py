@@ -1,0 +1,42 @@
+"""`psigraph synth`: writes a model file with a real model's shapes and random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..runtime.synth import QUANTS, SIZES, write_synth
+from .terminal import progress_bar
+
+EPILOG = """\b
+Example:
+  psigraph synth qwen3-1.7b.gguf --size 1.7b --quant q4_k_m --seed 1"""
+
+
+@click.command("synth", epilog=EPILOG)
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--size", required=True, type=click.Choice(list(SIZES), case_sensitive=False), help="Qwen3 model size.")
+@click.option(
+    "--quant",
+    required=True,
+    type=click.Choice(list(QUANTS), case_sensitive=False),
+    help="Block types of the weights; iq3_m has no kernels and is there to be refused.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**64 - 1),
+    help="The same seed gives the same bytes.",
+)
+@click.option("--untied", is_flag=True, help="Give the output head a matrix of its own (8b always has one).")
+@click.option("--layers", type=click.IntRange(1, 1024), metavar="N", help="This many layers, not the size's own.")
+def command(out: Path, size: str, quant: str, seed: int, untied: bool, layers: int | None) -> None:
+    """Write OUT, a GGUF file with the exact shapes and block types of a Qwen3 model and random weights.
+
+    It costs what the real model costs, so benchmarks need no download. What it says is noise.
+    """
+    with progress_bar(f"writing {out.name}", in_bytes=True) as progress:
+        write_synth(out, size, quant, seed, untied=untied, layers=layers, progress=progress)
+    click.echo(f"{out}: {out.stat().st_size:,} bytes, {size} {quant}, seed {seed}")
