@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from ..ir.errors import ModelFileError
 
-# Upper bounds. The largest vocabularies of 2026 have 0.26 million tokens and 0.6 million merges, in 20 MB of
+# Upper bounds. The largest vocabularies of 2026 have 0.26 million tokens and 0.52 million merges, in 20 MB of
 # metadata; the bounds leave room above that and keep a hostile file below a second and 64 MB + 5x its metadata.
 MAX_METADATA_BYTES = 128 << 20
-MAX_STRINGS = 1_500_000
+MAX_STRINGS = 1_000_000
 MAX_ELEMENT_BYTES = 1 << 20  # of a string in an array
 
 _U32 = struct.Struct("<I")

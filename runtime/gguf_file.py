@@ -33,8 +33,8 @@ from .ggml_types import GGML_TYPES, REMOVED_TYPES, first_not_finite
 from .gguf_cursor import Cursor, pread_into, quoted
 
 # More of those upper bounds stand in gguf_cursor.
-MAX_PAIRS = 65_536
-MAX_TENSORS = 65_536
+MAX_PAIRS = 16_384
+MAX_TENSORS = 32_768
 MAX_KEY_BYTES = 1024
 MAX_TEXT_BYTES = 16 << 20
 MAX_NAME_BYTES = 63  # ggml keeps 64 bytes for a tensor's name
