@@ -1,0 +1,241 @@
+"""The host's compiler: kernel text -> shared object, through g++.
+
+The twin of the NVRTC compiler: `compile_kernel` takes the same text and gives a module image, which the
+stand-in driver loads as the real one loads a cubin. Images are kept on disk by content (text, headers,
+options, compiler, processor), each written to a temporary file and renamed, so that two processes can
+compile at once. The text stays beside its image: debuggers and sanitizers name its lines.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...ir.errors import CompileError, DeviceError
+
+HERE = Path(__file__).resolve().parent
+COMPILE_SECONDS = 300  # longer means that g++ itself hangs
+
+_COMMON = ("-std=c++17", "-fPIC", "-shared", "-pthread", "-w", "-fno-strict-aliasing", "-fvisibility=hidden")
+_ADDRESS_LIKE = ("-O1", "-g", "-fno-omit-frame-pointer", "-march=native")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One way of compiling a kernel; `watch` builds take two objects, as the watcher must not watch itself."""
+
+    name: str
+    options: tuple[str, ...]
+    watch: bool = False
+
+
+BUILDS = {
+    # What the stand-in driver runs.
+    "fast": Build("fast", ("-O2", "-g1", "-march=native")),
+    # For stepping through with a debugger.
+    "step": Build("step", ("-O0", "-g", "-march=native", "-DPSIGRAPH_HOST_STEP")),
+    # Out of bounds and misaligned accesses, the line named.
+    "address": Build(
+        "address",
+        (
+            *_ADDRESS_LIKE,
+            "-DPSIGRAPH_HOST_ADDRESS",
+            "-fsanitize=address,alignment,bounds",
+            "-fno-sanitize-recover=all",
+            "-fsanitize-sections=psigraph_shared",
+        ),
+    ),
+    # Every load and store calls watch.cpp; the instrumentation is ThreadSanitizer's, its runtime is not used.
+    "watch": Build("watch", (*_ADDRESS_LIKE, "-DPSIGRAPH_HOST_WATCH", "-fsanitize=thread"), watch=True),
+}
+
+# `extern __shared__ T name[];` has no meaning in C++ that fits: the block's memory is found at run time.
+_DYNAMIC_SHARED = re.compile(
+    r"^(?P<indent>[ \t]*)extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*\[\s*\]\s*;",
+    re.M,
+)
+
+
+def cache_directory() -> Path:
+    """Where images lie: PSIGRAPH_HOST_CACHE, else the user's cache; private to the user, made if missing.
+
+    Raises DeviceError if it cannot be made or belongs to someone else.
+    """
+    named = os.environ.get("PSIGRAPH_HOST_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    path = Path(named) if named else Path(home) / "psigraph" / "host"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.stat()
+    except OSError as error:
+        if named:
+            raise DeviceError(
+                f"PSIGRAPH_HOST_CACHE: {path} cannot be used ({error.strerror}); name a writable folder"
+            ) from error
+        return _fallback_directory()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not os.access(path, os.W_OK):
+        if named:
+            raise DeviceError(f"PSIGRAPH_HOST_CACHE: {path} must belong to you and be writable by nobody else")
+        return _fallback_directory()
+    return path
+
+
+@functools.cache
+def _fallback_directory() -> Path:
+    """A folder for this process alone, where the home folder is not writable."""
+    return Path(tempfile.mkdtemp(prefix="psigraph-host-"))
+
+
+@functools.cache
+def compiler() -> str:
+    """Path of g++ (PSIGRAPH_CXX names another); DeviceError with the line that installs it if there is none."""
+    name = os.environ.get("PSIGRAPH_CXX", "g++")
+    path = shutil.which(name)
+    if path is None:
+        raise DeviceError(f"the host target needs the C++ compiler {name}, which was not found: apt-get install g++")
+    return path
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """What an image depends on besides its text: compiler, processor, headers."""
+    digest = hashlib.sha256()
+    version = subprocess.run([compiler(), "--version"], capture_output=True, check=False, timeout=60)
+    digest.update(version.stdout)
+    digest.update(platform.machine().encode())
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        digest.update("\n".join(line for line in lines if line.startswith(("flags", "Features")))[:8192].encode())
+    except OSError:
+        digest.update(platform.processor().encode())
+    for name in ("cuda_on_cpu.h", "kernel_abi.h", "watch.h", "watch.cpp", "compile.py"):
+        digest.update((HERE / name).read_bytes())
+    return digest.hexdigest()
+
+
+def compiler_version() -> str:
+    """What a kernel's image depends on besides its text: compiler, processor, host headers, build. One word."""
+    return f"host-{os.environ.get('PSIGRAPH_HOST_BUILD', 'fast')}-{_fingerprint()[:16]}"
+
+
+def run_compiler(arguments: list[str], what: str) -> None:
+    """Run g++; CompileError with its first error (path shortened) if it refuses."""
+    try:
+        done = subprocess.run(
+            [compiler(), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=COMPILE_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(f"{what}: g++ did not finish within {COMPILE_SECONDS} s") from error
+    except OSError as error:
+        raise CompileError(f"{what}: g++ cannot be run ({error.strerror})") from error
+    if done.returncode:
+        lines = done.stderr.splitlines()
+        line = next(
+            (line for line in lines if " error: " in line), lines[0] if lines else f"exit status {done.returncode}"
+        )
+        raise CompileError(f"{what}: g++ refuses the text: {re.sub(r'^.*/', '', line).strip()}")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or none."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def host_text(source: str) -> str:
+    """The text as g++ gets it; line numbers stay. CompileError if dynamic shared memory is declared outside a function."""
+
+    def declaration(match: re.Match[str]) -> str:
+        if not match["indent"]:
+            raise CompileError(f"dynamic shared memory `{match['name']}` must be declared inside the kernel")
+        return f"{match['indent']}{match['type']}* const {match['name']} = host::dynamic_shared<{match['type']}>();"
+
+    return _DYNAMIC_SHARED.sub(declaration, source)
+
+
+def build_kernel(source: str, name: str, build: str = "fast", defines: tuple[str, ...] = ()) -> Path:
+    """Compile one kernel; path of its shared object in the cache.
+
+    source: device header and kernel in one text. name: the extern "C" entry. build: a key of BUILDS.
+    Raises CompileError if g++ refuses the text, DeviceError if there is no g++.
+    """
+    how = BUILDS[build]
+    key = hashlib.sha256(
+        "\0".join([_fingerprint(), how.name, *how.options, *defines, name, source]).encode()
+    ).hexdigest()[:32]
+    folder = cache_directory()
+    image = folder / f"{name}-{key}.so"
+    if image.exists():
+        return image
+    text = folder / f"{name}-{key}.cu"
+    write_whole(text, host_text(source).encode())
+    entry = f'#define PSIGRAPH_HOST 1\n#include "cuda_on_cpu.h"\n#include "{text.name}"\nPSIGRAPH_HOST_KERNEL({name})\n'
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as scratch:
+        unit = Path(scratch) / f"{name}.cpp"
+        unit.write_text(entry)
+        made = Path(scratch) / "kernel.so"
+        options = [*_COMMON, *how.options, *defines, f"-I{HERE}", f"-I{folder}"]
+        if how.watch:
+            kernel, watcher = Path(scratch) / "kernel.o", Path(scratch) / "watch.o"
+            without_link = [option for option in options if option != "-shared"]
+            run_compiler([*without_link, "-c", str(unit), "-o", str(kernel)], name)
+            watched = [option for option in without_link if not option.startswith("-fsanitize")]
+            run_compiler([*watched, "-O2", "-c", str(HERE / "watch.cpp"), "-o", str(watcher)], "watch.cpp")
+            run_compiler(["-shared", "-pthread", str(kernel), str(watcher), "-o", str(made)], name)
+        else:
+            run_compiler([*options, str(unit), "-o", str(made)], name)
+        os.replace(made, image)
+    return image
+
+
+def compile_kernel(source: str, name: str, sanitize: bool = False) -> bytes:
+    """Module image of one kernel for the stand-in driver: the bytes of a shared object.
+
+    source: device header and kernel in one text. name: its extern "C" entry. sanitize: compile for the
+    AddressSanitizer; such an image is only of use to `check.run_kernel`, whose process has its runtime.
+    Raises CompileError or DeviceError.
+    """
+    return build_kernel(
+        source, name, "address" if sanitize else os.environ.get("PSIGRAPH_HOST_BUILD", "fast")
+    ).read_bytes()
+
+
+def build_library(source: Path, image_name: str, options: tuple[str, ...] = ()) -> Path:
+    """Compile one of this folder's own C++ files; its path lies in a folder named after its content."""
+    texts = [path.read_text() for path in sorted((*HERE.glob("*.h"), source))]
+    key = hashlib.sha256("\0".join([_fingerprint(), *texts, *options]).encode()).hexdigest()[:32]
+    folder = cache_directory() / f"{source.stem}-{key}"
+    image = folder / image_name
+    if image.exists():
+        return image
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+        made = Path(scratch) / image_name
+        run_compiler(
+            ["-std=c++17", "-O2", "-g1", "-fPIC", "-pthread", "-Wall", *options, str(source), "-ldl", "-o", str(made)],
+            source.name,
+        )
+        os.replace(made, image)
+    return image
