@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TextIO
 
 import click
+from click.shell_completion import shell_complete
 
 from ..ir.errors import OutOfMemoryError, PsigraphError
 from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTEM
@@ -25,8 +26,7 @@ def run(arguments: Sequence[str]) -> int:
 
     warnings.showwarning = _show_warning
     try:
-        # Alone on the line, the program's name asks what it can do.
-        code = main.main(args=list(arguments) or ["--help"], prog_name="psigraph", standalone_mode=False)
+        code = _invoke(main, list(arguments))
         # Here and not at interpreter exit, where a reader that went away could no longer be answered quietly.
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -34,6 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     except click.exceptions.Exit as ending:
         return ending.exit_code
     except (KeyboardInterrupt, click.Abort):
+        if sys.stderr is not None and sys.stderr.isatty():
+            click.echo(err=True)  # off the line on which the terminal shows ^C
         return INTERRUPTED
     except BrokenPipeError:
         _silence_stdout()
@@ -61,9 +63,19 @@ def run(arguments: Sequence[str]) -> int:
         return _defect(error)
 
 
+def _invoke(group: click.Group, arguments: list[str]) -> object:
+    """What the command returns. Not by `group.main`, which answers a closed pipe itself, with exit code 1."""
+    completion = os.environ.get("_PSIGRAPH_COMPLETE")  # set by the line that click's documentation puts into .bashrc
+    if completion:
+        return shell_complete(group, {}, "psigraph", "_PSIGRAPH_COMPLETE", completion)
+    # Alone on the line, the program's name asks what it can do.
+    with group.make_context("psigraph", arguments or ["--help"]) as context:
+        return group.invoke(context)
+
+
 def _usage_line(error: click.ClickException) -> str:
     """click's message in this program's form, with the help that fits."""
-    message = error.format_message().rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
     if context is None:
         return message

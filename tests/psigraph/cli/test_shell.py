@@ -1,0 +1,203 @@
+"""Every way in which a command can end: its exit code, and at most one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import psigraph.cli
+from psigraph.cli import COMMANDS, main, run
+from psigraph.cli.exit_codes import EXIT_CODES
+from psigraph.cli.shell import printable
+from psigraph.ir import errors
+
+CLI = Path(psigraph.cli.__file__).parent
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
+    """Exit code of a command that raises the error."""
+
+    @click.command()
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr(main, "get_command", lambda ctx, name: command)
+    return run(["doctor"])
+
+
+def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m psigraph ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "psigraph", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_each_command_file_is_registered() -> None:
+    names = {
+        path.stem.replace("_", "-")
+        for path in CLI.glob("*.py")
+        if any(line.startswith(("def command(", "command = ")) for line in path.read_text().splitlines())
+    }
+    assert names == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"Usage: psigraph {name}" in shown
+    assert "Example" in shown
+    assert f"  psigraph {name}" in shown
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_commands_and_exit_codes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 0
+    shown = capsys.readouterr().out
+    for name, summary in COMMANDS.items():
+        assert name in shown
+        assert summary.split()[0] in shown
+    for code, meaning in EXIT_CODES.items():
+        assert f"{code:>3}  {meaning}" in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"psigraph {psigraph.__version__}\n"
+
+
+def test_help_loads_no_heavy_package() -> None:
+    code = (
+        "import sys, psigraph.cli; psigraph.cli.run(['--help']);"
+        "print([name for name in ('numpy', 'cuda', 'rich', 'networkx', 'yaml', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def error_classes() -> list[type[errors.PsigraphError]]:
+    return [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+
+
+@pytest.mark.parametrize("kind", error_classes())
+def test_each_error_has_its_documented_code(
+    kind: type[errors.PsigraphError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kind.exit_code in EXIT_CODES
+    assert raising(monkeypatch, kind("--size 9b: choose 8b")) == kind.exit_code
+    assert capsys.readouterr().err == "psigraph: --size 9b: choose 8b\n"
+
+
+def test_codes_of_errors_differ() -> None:
+    codes = [kind.exit_code for kind in error_classes()]
+    assert len(set(codes)) == len(codes)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (click.Abort(), 130, ""),
+        (MemoryError(), 8, "main memory is used up"),
+        (PermissionError(13, "Permission denied", "/a/b"), 74, "psigraph: /a/b: Permission denied"),
+        (OSError(5, "Input/output error"), 74, "psigraph: Input/output error"),
+        (ModuleNotFoundError("No module named 'gguf'", name="gguf"), 11, "'gguf' is missing; `psigraph doctor`"),
+        (ModuleNotFoundError("No module named 'psigraph.x'", name="psigraph.x"), 70, "this is a defect"),
+        (ValueError("seven"), 70, "psigraph: ValueError: seven; this is a defect; rerun with PSIGRAPH_DEBUG=1"),
+        (click.UsageError("Either --a or --b"), 2, "psigraph: either --a or --b (see `psigraph doctor --help`)"),
+        (click.FileError("x.gguf", "gone"), 1, "x.gguf"),
+    ],
+)
+def test_other_endings(
+    error: BaseException,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("PSIGRAPH_DEBUG", raising=False)
+    assert raising(monkeypatch, error) == code
+    assert code in EXIT_CODES
+    shown = capsys.readouterr().err
+    assert line in shown
+    assert shown.count("\n") == (1 if line else 0)
+
+
+@pytest.mark.parametrize(("value", "traced"), [("1", True), ("3", True), ("0", False), ("", False)])
+def test_traceback_on_demand(
+    value: str, traced: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PSIGRAPH_DEBUG", value)
+    assert raising(monkeypatch, ValueError("seven")) == 70
+    assert ("Traceback" in capsys.readouterr().err) == traced
+
+
+def test_a_command_returns_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "get_command", lambda ctx, name: click.Command("doctor", callback=lambda: 1))
+    assert run(["doctor"]) == 1
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import warnings, psigraph.cli as c; c.run(['--version']); warnings.warn('no cache')"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == "psigraph: warning: no cache\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["bnech"], "there is no command 'bnech'; the commands are "),
+        (["--frobnicate"], "no such option"),
+        (["doctor", "--frobnicate"], "(see `psigraph doctor --help`)"),
+        (["doctor", "extra"], "extra"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("psigraph: ")
+    assert line in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "psigraph", "--help"], stdout=writer, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr == b""
+
+
+def test_shell_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_PSIGRAPH_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "psigraph doc")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert run([]) == 0
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert printable("tensor \x1b[2J\x07 é\n ^^") == "tensor \\x1b[2J\\x07 é\n ^^"
+    assert printable("\udcff") == "\\udcff"
+
+
+def test_python_dash_m() -> None:
+    done = program("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"psigraph {psigraph.__version__}\n", "")
+    assert program("nothing").returncode == 2
