@@ -34,12 +34,12 @@ def load_spec(path: str | Path) -> ModelSpec:
     path = Path(path)
     document = read_document(path)
     parts = document.mapping()
-    for key in REQUIRED:
-        if key not in parts:
-            raise document.error(f"{key}: is missing")
     for key, item in parts.items():
         if key not in REQUIRED + OPTIONAL:
             raise item.error(f"no such part{suggestion(key, [*REQUIRED, *OPTIONAL])}")
+    for key in REQUIRED:
+        if key not in parts:
+            raise document.error(f"{key}: is missing")
     sizes = _sizes(parts["sizes"])
     weights = _weights(parts["weights"])
     states = _held(parts["state"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from .expression import Number, evaluate, names_in
 from .graph import Graph, Literal, Node, Origin, Param, TensorType, Value
 from .op import TypeMismatch
 from .ops import OPS
-from .spec_rules import Held, Size, Weight
+from .spec_rules import Held, Size, Weight, shown
 from .syntax import Name, Statement, underlined
 
 SECTIONS = ("before", "layer", "after")
@@ -56,9 +57,10 @@ class ModelSpec:
         """
         self._check_architecture(metadata)
         for key, allowed in self.expected.items():
-            if key in metadata and metadata[key] not in allowed:
-                known = ", ".join(map(str, allowed))
-                raise UnsupportedModelError(f"{key} is {metadata[key]!r:.80}, psigraph computes only {known}")
+            value = metadata.get(key, allowed[0])
+            if not isinstance(value, (str, numbers.Real)) or value not in allowed:
+                known = " or ".join(map(str, allowed))
+                raise UnsupportedModelError(f"{key} is {shown(value)}, psigraph computes only {known}")
         sizes: dict[str, Number] = {}
         by_name = {weight.name: weight for weight in self.weights}
         for size in self.sizes:

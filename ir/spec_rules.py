@@ -69,8 +69,7 @@ class Size:
         kind = numbers.Integral if self.whole else numbers.Real
         wanted = f"{'a whole' if self.whole else 'a'} number from {self.low:g} to {self.high:g}"
         if isinstance(value, bool) or not isinstance(value, kind):
-            shown = type(value).__name__ if isinstance(value, (list, tuple)) else repr(value)
-            raise ModelFileError(f"is {shown:.80}, wanted {wanted}", field=field)
+            raise ModelFileError(f"is {shown(value)}, wanted {wanted}", field=field)
         # A size of a file may be a numpy number; nan fails the comparison.
         number: Number = int(value) if self.whole else float(value)  # type: ignore[call-overload]
         if not self.low <= number <= self.high:
@@ -135,3 +134,10 @@ def evaluated(text: str, sizes: Mapping[str, Number], origin: Origin) -> Number:
         return evaluate(text, sizes)
     except ValueError as problem:
         raise SpecError(f"{origin}: {problem}") from None
+
+
+def shown(value: object) -> str:
+    """A metadata value for a message: never long, whatever the file holds."""
+    if isinstance(value, (str, numbers.Number)):
+        return repr(value if not isinstance(value, str) else value[:60])
+    return f"a list ({type(value).__name__})"

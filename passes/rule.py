@@ -4,6 +4,7 @@
 not named must be absent. A match is a set of nodes that are wired as `before` says, where
 
 - values of `before` that `after` makes too keep their names, types and readers;
+- what `before` reads and does not make comes from outside of the match;
 - values that `after` does not make have no reader outside of the match and are no result;
 - the graph can be ordered after the change.
 
@@ -46,6 +47,7 @@ class Rule:
         inner = {name for statement in self.before for name, _ in statement.outs}
         self.vanishing = inner - made
         read = {name for statement in self.before for name in statement.ins}
+        self.given = read - inner
         for statement in self.after:
             unknown = [name for name in statement.ins if name not in read | inner | made]
             assert not unknown, f"the rule's after reads %{unknown[0]}, which before does not have"
@@ -105,6 +107,9 @@ class Rule:
 
     def _allowed(self, rewriter: Rewriter, match: Match) -> bool:
         inside = {id(node) for node in match.nodes.values()}
+        made = {out.name for node in match.nodes.values() for out in node.outs}
+        if any(match.values[name].name in made for name in self.given):
+            return False
         for name in self.vanishing:
             value = match.values[name]
             if rewriter.is_returned(value) or any(id(user) not in inside for user in rewriter.uses(value)):

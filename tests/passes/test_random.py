@@ -1,0 +1,115 @@
+"""Random models and random graphs, through random subsets of the passes: the numbers stay."""
+
+import time
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import Small, assert_same_steps, decode, random_weights
+
+from psigraph.ir.graph import Graph, Node, Param, TensorType, Value
+from psigraph.ir.interpret import Interpreter
+from psigraph.ir.text import parse_graph, print_graph
+from psigraph.ir.types import WEIGHT_DTYPES
+from psigraph.ir.verify import verify
+from psigraph.passes.pipeline import PIPELINE, run_pipeline
+
+SUBSETS = st.sets(st.sampled_from([step.name for step in PIPELINE if not step.lowering]))
+KINDS = ("attn_q", "attn_v", "attn_output", "ffn_gate", "ffn_down", "token_embd", "output")
+
+
+@st.composite
+def models(draw):
+    """Shapes whose rows are whole blocks of every type, mostly with head_dim != hidden / heads."""
+    head_dim = draw(st.sampled_from([32, 64, 128]))
+    kv_heads = draw(st.sampled_from([1, 2, 4]))
+    group = 256 // head_dim if kv_heads * head_dim < 256 else 1
+    heads = kv_heads * draw(st.sampled_from([1, 2, 4])) * group
+    special = draw(st.dictionaries(st.sampled_from(KINDS), st.sampled_from(WEIGHT_DTYPES), max_size=3))
+    return Small(
+        layers=draw(st.sampled_from([1, 3])),
+        hidden=draw(st.sampled_from([256, 512])),
+        ffn=draw(st.sampled_from([256, 768])),
+        heads=heads if heads * head_dim % 256 == 0 else heads * (256 // head_dim),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        tied=draw(st.booleans()),
+        dtype=draw(st.sampled_from(WEIGHT_DTYPES)),
+        dtypes=tuple(special.items()),
+    )
+
+
+@given(models(), SUBSETS, st.sampled_from([(), ("logits",)]))
+@settings(max_examples=25, deadline=None)
+def test_random_models(small, disabled, outputs):
+    graph = small.graph(*outputs)
+    fused, _ = run_pipeline(graph, disabled)
+    assert parse_graph(print_graph(fused)) == fused
+    weights = random_weights(graph)
+    assert_same_steps(decode(graph, weights, steps=2), decode(fused, weights, steps=2, exact_activations=True))
+
+
+N = 32
+VECTOR, ONE = TensorType("f32", (N,)), TensorType("f32", (1,))
+
+
+@st.composite
+def graphs(draw):
+    """Any wiring of the vector ops, with any values as results."""
+    dtypes = draw(st.lists(st.sampled_from(["q8_0", "f16"]), min_size=2, max_size=3))
+    matrices = [Value(f"w{index}", TensorType(dtype, (N, N))) for index, dtype in enumerate(dtypes)]
+    vectors, factors, nodes = [Value("x", VECTOR), Value("n", VECTOR)], [], []
+    choices = ["matvec", "matvec", "matvec", "add", "add", "mul", "rms_norm", "swiglu", "rms_factor", "scaled_matvec"]
+    for index in range(draw(st.integers(2, 14))):
+        op = draw(st.sampled_from(choices))
+        if op == "scaled_matvec" and not factors:
+            op = "matvec"
+        # The newest values most often, so that chains arise and not only stars.
+        pick = st.sampled_from([*vectors, *vectors[-2:], *vectors[-2:]])
+        match op:
+            case "matvec":
+                ins = (draw(pick), draw(st.sampled_from(matrices)))
+            case "scaled_matvec":
+                ins = (draw(pick), draw(st.sampled_from(factors)), draw(st.sampled_from(matrices)))
+            case "rms_norm":
+                ins = (draw(pick), draw(st.sampled_from([vectors[1], vectors[1], draw(pick)])))
+            case "rms_factor":
+                ins = (draw(pick),)
+            case _:
+                ins = (draw(pick), draw(pick))
+        attrs = (("eps", 1e-6),) if op in ("rms_norm", "rms_factor") else ()
+        out = Value(f"v{index}", ONE if op == "rms_factor" else VECTOR)
+        (factors if op == "rms_factor" else vectors).append(out)
+        nodes.append(Node((out,), op, ins, attrs))
+    made = [node.out for node in nodes]
+    kept = draw(st.lists(st.sampled_from(made), max_size=2, unique=True))
+    results = {f"r{index}": value for index, value in enumerate([*kept, made[-1]])}
+    params = [Param("weight", value) for value in matrices]
+    params += [Param("weight", vectors[1]), Param("state", vectors[0])]
+    return Graph("random", tuple(params), tuple(nodes), tuple(results.items()))
+
+
+@given(graphs(), SUBSETS)
+@settings(max_examples=100, deadline=None)
+def test_random_graphs(graph, disabled):
+    verify(graph)
+    fused, _ = run_pipeline(graph, disabled)
+    assert parse_graph(print_graph(fused)) == fused
+    rng = np.random.default_rng(1)
+    values = {param.name: rng.standard_normal(param.type.shape) for param in graph.params}
+    interpreter = Interpreter(exact_activations=True)
+    wanted = interpreter.results(graph, interpreter.run(graph, values))
+    found = interpreter.results(fused, interpreter.run(fused, values))
+    assert wanted.keys() == found.keys()
+    for name, array in wanted.items():
+        scale = np.abs(array).max() if np.isfinite(array).all() else 1
+        np.testing.assert_allclose(found[name], array, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_a_large_model_takes_little_time():
+    small = Small(layers=36)
+    began = time.process_time()
+    graph = small.graph("logits")
+    fused, _ = run_pipeline(graph)
+    assert time.process_time() - began < 2
+    assert len(fused.nodes) == 5 * 36 + 2
