@@ -117,7 +117,7 @@ def _fingerprint() -> str:
         digest.update("\n".join(line for line in lines if line.startswith(("flags", "Features")))[:8192].encode())
     except OSError:
         digest.update(platform.processor().encode())
-    for name in ("cuda_on_cpu.h", "kernel_abi.h", "watch.h", "watch.cpp", "compile.py"):
+    for name in ("cuda_on_cpu.h", "kernel_abi.h", "watch.h", "watch.cpp"):
         digest.update((HERE / name).read_bytes())
     return digest.hexdigest()
 
@@ -165,7 +165,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def host_text(source: str) -> str:
-    """The text as g++ gets it; line numbers stay. CompileError if dynamic shared memory is declared outside a function."""
+    """The text as g++ gets it; line numbers stay. CompileError if dynamic shared memory is declared at file scope."""
 
     def declaration(match: re.Match[str]) -> str:
         if not match["indent"]:

@@ -29,6 +29,7 @@
 #include <ucontext.h>
 #endif
 #ifdef PSIGRAPH_HOST_ADDRESS
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #include "kernel_abi.h"
@@ -119,6 +120,13 @@ struct Fiber {
     void* fake_stack;  // AddressSanitizer's
 };
 
+// An asynchronous copy that has been issued and nobody has waited for.
+struct BulkCopy {
+    char* to;
+    const char* from;
+    int bytes;
+};
+
 // Masks have one bit a lane. A lane is in `ready`, in `meeting` (at a collective), elsewhere waiting, or done.
 struct Warp {
     unsigned ready, meeting, done, lanes;
@@ -128,6 +136,8 @@ struct Warp {
     uint64_t value[32], result[32];
     const unsigned* weights[32];
     int* sums[32];
+    BulkCopy copies[32];
+    unsigned copying;  // which of them are under way
 };
 
 struct Block {
@@ -255,6 +265,10 @@ static void switch_to(Fiber* to, bool dying = false) {
     abort();
 }
 
+#ifdef PSIGRAPH_HOST_WATCH
+extern "C" __attribute__((visibility("hidden"))) void host_watch_failed(const char* kind, const char* text) { fail(kind, "%s", text); }
+#endif
+
 static unsigned random_below(unsigned bound) {
     random_state ^= random_state << 13;
     random_state ^= random_state >> 7;
@@ -335,6 +349,7 @@ static void fiber_entry() {
     finished++;
     if (me->block->done == threads_each && launch->programmatic && !me->block->waited)
         fail("missing wait", "the block returned without executing the programmatic wait");
+    if (me->warp->copying && me->warp->done == me->warp->lanes) fail("launch", "the warp returned with bulk copies under way");
     if (me->block->arrived)
         fail("divergent barrier", "the thread returned while %u threads wait at __syncthreads (line %u)", me->block->arrived, me->block->arrived_line);
     if (finished == fiber_count) to_main(true);
@@ -343,6 +358,9 @@ static void fiber_entry() {
 }
 
 static void prepare(Fiber& fiber) {
+#ifdef PSIGRAPH_HOST_ADDRESS
+    __asan_unpoison_memory_region(fiber.stack, STACK_BYTES);  // its last owner never left its frames
+#endif
     *(uint64_t*)fiber.stack = CANARY;
     fiber.waited = false;
     fiber.named = NOT_NAMED;
@@ -699,11 +717,41 @@ template <class T> static inline T non_coherent(const T* p) {
     return *p;
 }
 
-// cp.async.bulk: 16-byte pieces of 16-byte aligned memory.
-static inline void bulk_copy(void* to, const void* from, int bytes) {
-    if (((uintptr_t)to | (uintptr_t)from | (unsigned)bytes) & 15) fail("misaligned", "a bulk copy of %d bytes from %p to %p", bytes, from, to);
-    HOST_WATCH(WatchAs as(WATCH_FRESH));
-    for (int i = 0; i < bytes; i += 16) ((uint4*)to)[i / 16] = ((const uint4*)from)[i / 16];
+// cp.async.bulk with an mbarrier that belongs to one warp. The bytes arrive as late as they may: when somebody
+// waits. Until then the target holds NaN, so that a read before the wait shows. The barrier's word counts its
+// completed phases; its upper half names the copy under way.
+static inline void bulk_open(unsigned long long* barriers, int lane, int depth) {
+    HOST_WATCH(WatchAs as(WATCH_ATOMIC));
+    if (lane < depth) barriers[lane] = 0;
+    warp_barrier();
+}
+static inline void bulk_issue(unsigned long long* barrier, void* to, const void* from, int bytes) {
+    if (bytes <= 0 || ((uintptr_t)to | (uintptr_t)from | (unsigned)bytes) & 15) fail("misaligned", "a bulk copy of %d bytes from %p to %p", bytes, from, to);
+    Warp& warp = *self->warp;
+    if (warp.copying == ~0u) fail("launch", "a warp has more than 32 bulk copies under way");
+    unsigned slot = __builtin_ctz(~warp.copying);
+    {
+        HOST_WATCH(watch_read(from, bytes));
+        for (int i = 0; i < bytes; i += 16) ((uint4*)to)[i / 16] = {~0u, ~0u, ~0u, ~0u};
+    }
+    HOST_WATCH(WatchAs as(WATCH_ATOMIC));
+    if (*barrier >> 32) fail("launch", "a bulk copy was issued to a stage that nobody has waited for since the last one");
+    warp.copying |= 1u << slot;
+    warp.copies[slot] = {(char*)to, (const char*)from, bytes};
+    *barrier |= (unsigned long long)(slot + 1) << 32;
+}
+// mbarrier.try_wait.parity until it succeeds: phase `turn` of this barrier has completed.
+static inline void bulk_wait(unsigned long long* barrier, int turn) {
+    HOST_WATCH(WatchAs as(WATCH_ATOMIC));
+    unsigned phases = (unsigned)*barrier, slot = (unsigned)(*barrier >> 32);
+    if ((phases ^ turn) & 1) return;
+    if (!slot) fail("divergent barrier", "waits for a bulk copy (turn %d) that nobody has issued: on a GPU it never returns", turn);
+    Warp& warp = *self->warp;
+    BulkCopy& copy = warp.copies[slot - 1];
+    memcpy(copy.to, copy.from, copy.bytes);
+    HOST_WATCH(watch_arrived(copy.to, copy.bytes));
+    warp.copying &= ~(1u << (slot - 1));
+    *barrier = phases + 1;
 }
 
 static inline void grid_trigger() {}

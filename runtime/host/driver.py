@@ -87,7 +87,8 @@ def activate(sms: int | None = None, memory_bytes: int | None = None) -> None:
             _library = _declare(ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_GLOBAL))
         except OSError as error:
             raise DeviceError(
-                f"the host target's driver cannot be loaded ({error}); set PSIGRAPH_HOST_CACHE to a folder that allows execution"
+                f"the host target's driver cannot be loaded ({error}); "
+                "set PSIGRAPH_HOST_CACHE to a folder that allows execution"
             ) from error
     _library.psigraph_host_configure(sms or 0, memory_bytes or 0)
 
