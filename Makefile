@@ -46,7 +46,11 @@ lint: .venv/installed-dev
 	../../$(VENV) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p psigraph
 
 # The tools run as `python -m`, never through the scripts beside it, whose first line holds the path where the
-# environment was made: so a moved repository needs nothing but a new install.
+# environment was made: so a moved repository needs nothing but a new install. The stamp holds that path.
+ifneq ($(shell test -x $(VENV) && cat .venv/installed 2> /dev/null),$(CURDIR))
+$(shell rm -f .venv/installed .venv/installed-dev)
+endif
+
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || {
 		echo "psigraph needs Python 3.11 or newer; set PYTHON=/path/to/it" >&2
@@ -57,9 +61,9 @@ lint: .venv/installed-dev
 		exit 1
 	}
 	echo "setting up .venv (once)"
-	$(PYTHON) -m venv .venv
+	test -x $(VENV) || $(PYTHON) -m venv --clear .venv
 	$(VENV) -m pip install --quiet --disable-pip-version-check --editable .
-	touch $@
+	echo "$(CURDIR)" > $@
 
 .venv/installed-dev: .venv/installed
 	@$(VENV) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
