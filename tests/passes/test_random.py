@@ -53,40 +53,76 @@ N = 32
 VECTOR, ONE = TensorType("f32", (N,)), TensorType("f32", (1,))
 
 
+class Wiring:
+    """Adds nodes to a graph, with operands drawn from what is there."""
+
+    def __init__(self, draw, matrices):
+        self.draw = draw
+        self.matrices = matrices
+        self.weight = Value("n", VECTOR)
+        self.vectors = [Value("x", VECTOR)]
+        self.factors = []
+        self.nodes = []
+
+    def add(self, op, *ins, type_=VECTOR):
+        out = Value(f"v{len(self.nodes)}", type_)
+        attrs = (("eps", 1e-6),) if op in ("rms_norm", "rms_factor") else ()
+        self.nodes.append(Node((out,), op, ins, attrs))
+        (self.vectors if type_ == VECTOR else self.factors).append(out)
+        return out
+
+    def vector(self):
+        # The newest values most often, so that chains arise and not only stars.
+        recent = self.vectors[-2:]
+        return self.draw(st.sampled_from([self.weight, *self.vectors, *recent, *recent, *recent]))
+
+    def matrix(self):
+        return self.draw(st.sampled_from(self.matrices))
+
+    # The forms that passes look for. What is drawn later may read any value of theirs.
+
+    def product(self):
+        self.add("matvec", self.vector(), self.matrix())
+
+    def scaled(self):
+        factor = self.add("rms_factor", self.vector(), type_=ONE)
+        self.add("scaled_matvec", self.vector(), self.draw(st.sampled_from([factor, *self.factors])), self.matrix())
+
+    def pair(self):
+        self.add(self.draw(st.sampled_from(["add", "mul", "swiglu"])), self.vector(), self.vector())
+
+    def norm(self, x=None):
+        weight = self.draw(st.sampled_from([self.weight, self.weight, self.vectors[-1]]))
+        normed = self.add("rms_norm", x or self.vector(), weight)
+        for _ in range(self.draw(st.integers(0, 3))):
+            self.add("matvec", normed, self.matrix())
+
+    def residual(self):
+        x, product = self.vector(), self.add("matvec", self.vector(), self.matrix())
+        total = self.add("add", *self.draw(st.permutations([x, product])))
+        if self.draw(st.booleans()):
+            self.norm(total)
+
+    def gate(self):
+        x = self.vector()
+        self.add("swiglu", self.add("matvec", x, self.matrix()), self.add("matvec", x, self.matrix()))
+
+
 @st.composite
 def graphs(draw):
     """Any wiring of the vector ops, with any values as results."""
-    dtypes = draw(st.lists(st.sampled_from(["q8_0", "f16"]), min_size=2, max_size=3))
+    dtypes = draw(st.lists(st.sampled_from(["q8_0", "f16"]), min_size=1, max_size=3))
     matrices = [Value(f"w{index}", TensorType(dtype, (N, N))) for index, dtype in enumerate(dtypes)]
-    vectors, factors, nodes = [Value("x", VECTOR), Value("n", VECTOR)], [], []
-    choices = ["matvec", "matvec", "matvec", "add", "add", "mul", "rms_norm", "swiglu", "rms_factor", "scaled_matvec"]
-    for index in range(draw(st.integers(2, 14))):
-        op = draw(st.sampled_from(choices))
-        if op == "scaled_matvec" and not factors:
-            op = "matvec"
-        # The newest values most often, so that chains arise and not only stars.
-        pick = st.sampled_from([*vectors, *vectors[-2:], *vectors[-2:]])
-        match op:
-            case "matvec":
-                ins = (draw(pick), draw(st.sampled_from(matrices)))
-            case "scaled_matvec":
-                ins = (draw(pick), draw(st.sampled_from(factors)), draw(st.sampled_from(matrices)))
-            case "rms_norm":
-                ins = (draw(pick), draw(st.sampled_from([vectors[1], vectors[1], draw(pick)])))
-            case "rms_factor":
-                ins = (draw(pick),)
-            case _:
-                ins = (draw(pick), draw(pick))
-        attrs = (("eps", 1e-6),) if op in ("rms_norm", "rms_factor") else ()
-        out = Value(f"v{index}", ONE if op == "rms_factor" else VECTOR)
-        (factors if op == "rms_factor" else vectors).append(out)
-        nodes.append(Node((out,), op, ins, attrs))
-    made = [node.out for node in nodes]
+    wiring = Wiring(draw, matrices)
+    forms = [wiring.product, wiring.scaled, wiring.pair, wiring.norm, wiring.residual, wiring.residual, wiring.gate]
+    for _ in range(draw(st.integers(1, 6))):
+        draw(st.sampled_from(forms))()
+    made = [node.out for node in wiring.nodes]
     kept = draw(st.lists(st.sampled_from(made), max_size=2, unique=True))
     results = {f"r{index}": value for index, value in enumerate([*kept, made[-1]])}
-    params = [Param("weight", value) for value in matrices]
-    params += [Param("weight", vectors[1]), Param("state", vectors[0])]
-    return Graph("random", tuple(params), tuple(nodes), tuple(results.items()))
+    params = [Param("weight", value) for value in (*matrices, wiring.weight)]
+    params.append(Param("state", wiring.vectors[0]))
+    return Graph("random", tuple(params), tuple(wiring.nodes), tuple(results.items()))
 
 
 @given(graphs(), SUBSETS)
