@@ -336,6 +336,8 @@ def _run_problems(report: Mapping[str, Any]) -> list[str]:
             problems.append(f"{where}.output_tokens: is not the number of its tokens")
         if not 0 < run["output_tokens"] <= report["max_new_tokens"]:
             problems.append(f"{where}.output_tokens: lies outside 1 to max_new_tokens")
+        elif run["output_tokens"] < report["max_new_tokens"] and not run["stopped_on_eos"]:
+            problems.append(f"{where}.output_tokens: fewer than max_new_tokens, and no end token stopped the run")
         if not 0 < run["decode_ms"] <= run["total_ms"]:
             problems.append(f"{where}.decode_ms: lies outside 0 to total_ms")
         elif not same_figure(run["decode_tokens_per_second"], 1e3 * run["output_tokens"] / run["decode_ms"]):

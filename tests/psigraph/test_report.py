@@ -7,8 +7,8 @@ import stat
 
 import pytest
 from bench_reports import REAL_SHA256, a_report
-from psigraph.ir.errors import OutputError, UsageError
 
+from psigraph.ir.errors import OutputError, UsageError
 from psigraph.report import (
     check_writable,
     json_text,
@@ -33,7 +33,8 @@ def test_a_built_report_is_valid_and_survives_its_file(tmp_path, backend):
 
 def test_rate_is_tokens_over_the_time_of_generation_alone():
     report = a_report(
-        runs=[{"generated_tokens": [1, 2, 3, 4], "total_ms": 100.0, "decode_ms": 8.0, "stopped_on_eos": False}]
+        tokens=4,
+        runs=[{"generated_tokens": [1, 2, 3, 4], "total_ms": 100.0, "decode_ms": 8.0, "stopped_on_eos": False}],
     )
     assert report["mean_decode_tokens_per_second"] == 500.0
     assert report["mean_total_ms"] == 100.0
@@ -72,6 +73,7 @@ def drop(key):
         (put(["runs", 2, "model_artifact_sha256"], "6" * 64), "runs[2].model_artifact_sha256"),
         (put(["runs", 2, "execution_engine"], "llama.cpp"), "runs[2].execution_engine"),
         (put(["runs", 0, "run_index"], 4), "runs[0].run_index"),
+        (put(["max_new_tokens"], 9), "no end token stopped"),
         (put(["repeats"], 4), "repeats"),
         (put(["repeats"], True), "repeats: has the wrong type"),
         (put(["runs"], []), "runs: holds none"),
