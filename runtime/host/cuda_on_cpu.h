@@ -138,6 +138,7 @@ struct Warp {
     int* sums[32];
     BulkCopy copies[32];
     unsigned copying;  // which of them are under way
+    unsigned polling;  // lanes that wait for one that has not been issued
 };
 
 struct Block {
@@ -301,6 +302,11 @@ static Fiber* ready_in(unsigned w) {
         const char* where = missing & warp.done ? "have returned" : missing & ~warp.lanes ? "do not exist" : "wait elsewhere";
         fail("partial warp", "a warp collective names lanes 0x%08x, but of these 0x%08x %s", warp.mask[lane], missing, where);
     }
+    for (unsigned w = 0; w < warp_count; w++) {
+        if (!warps[w].polling) continue;
+        self = &fibers[w / warps_each * threads_each + w % warps_each * 32 + __builtin_ctz(warps[w].polling)];
+        fail("bulk copy", "lanes 0x%08x wait for one that nobody issues: on a GPU they never return", warps[w].polling);
+    }
     for (unsigned i = 0; i < fiber_count; i++) {
         if (fibers[i].named == NOT_NAMED) continue;
         self = &fibers[i];
@@ -316,6 +322,8 @@ static Fiber* ready_in(unsigned w) {
     }
     fail("divergent barrier", "the barrier of the cluster or grid was reached by %u of %u threads", group_arrived, fiber_count);
 }
+
+static inline void leave_ready() { self->warp->ready &= ~(1u << self->lane); }
 
 static void advance(bool dying = false) {
     unsigned here = (unsigned)(self->warp - warps);
@@ -349,7 +357,7 @@ static void fiber_entry() {
     finished++;
     if (me->block->done == threads_each && launch->programmatic && !me->block->waited)
         fail("missing wait", "the block returned without executing the programmatic wait");
-    if (me->warp->copying && me->warp->done == me->warp->lanes) fail("launch", "the warp returned with bulk copies under way");
+    if (me->warp->copying && me->warp->done == me->warp->lanes) fail("bulk copy", "the warp returned while one was under way");
     if (me->block->arrived)
         fail("divergent barrier", "the thread returned while %u threads wait at __syncthreads (line %u)", me->block->arrived, me->block->arrived_line);
     if (finished == fiber_count) to_main(true);
@@ -521,8 +529,6 @@ static int run(host_launch* what) {
 // ---------------------------------------------------------------------------------------------------------
 // Barriers
 // ---------------------------------------------------------------------------------------------------------
-
-static inline void leave_ready() { self->warp->ready &= ~(1u << self->lane); }
 
 // Everyone who meets at a barrier has seen what anyone of them has waited for.
 static void share_wait(Block* block) {
@@ -728,24 +734,30 @@ static inline void bulk_open(unsigned long long* barriers, int lane, int depth) 
 static inline void bulk_issue(unsigned long long* barrier, void* to, const void* from, int bytes) {
     if (bytes <= 0 || ((uintptr_t)to | (uintptr_t)from | (unsigned)bytes) & 15) fail("misaligned", "a bulk copy of %d bytes from %p to %p", bytes, from, to);
     Warp& warp = *self->warp;
-    if (warp.copying == ~0u) fail("launch", "a warp has more than 32 bulk copies under way");
+    if (warp.copying == ~0u) fail("bulk copy", "a warp has more than 32 under way");
     unsigned slot = __builtin_ctz(~warp.copying);
-    {
-        HOST_WATCH(watch_read(from, bytes));
-        for (int i = 0; i < bytes; i += 16) ((uint4*)to)[i / 16] = {~0u, ~0u, ~0u, ~0u};
-    }
-    HOST_WATCH(WatchAs as(WATCH_ATOMIC));
-    if (*barrier >> 32) fail("launch", "a bulk copy was issued to a stage that nobody has waited for since the last one");
+    HOST_WATCH(watch_issued(to, from, bytes); WatchAs as(WATCH_ATOMIC));
+    memset(to, 0xFF, bytes);
+    if (*barrier >> 32) fail("bulk copy", "it was issued to a stage that nobody has waited for since the last one");
     warp.copying |= 1u << slot;
     warp.copies[slot] = {(char*)to, (const char*)from, bytes};
     *barrier |= (unsigned long long)(slot + 1) << 32;
+    warp.ready |= warp.polling;
+    warp.polling = 0;
 }
 // mbarrier.try_wait.parity until it succeeds: phase `turn` of this barrier has completed.
 static inline void bulk_wait(unsigned long long* barrier, int turn) {
     HOST_WATCH(WatchAs as(WATCH_ATOMIC));
-    unsigned phases = (unsigned)*barrier, slot = (unsigned)(*barrier >> 32);
-    if ((phases ^ turn) & 1) return;
-    if (!slot) fail("divergent barrier", "waits for a bulk copy (turn %d) that nobody has issued: on a GPU it never returns", turn);
+    unsigned phases, slot;
+    for (;;) {
+        phases = (unsigned)*barrier;
+        slot = (unsigned)(*barrier >> 32);
+        if ((phases ^ turn) & 1) return;
+        if (slot) break;
+        self->warp->polling |= 1u << self->lane;  // until the next bulk_issue of this warp
+        leave_ready();
+        advance();
+    }
     Warp& warp = *self->warp;
     BulkCopy& copy = warp.copies[slot - 1];
     memcpy(copy.to, copy.from, copy.bytes);

@@ -29,6 +29,7 @@ struct Access {
 };
 struct Cell {
     Access write, first_read, last_read;  // reads since the write: the first, and the last by somebody else
+    bool in_flight = false;                // a bulk copy is on its way here
 };
 
 struct BlockState {
@@ -88,6 +89,8 @@ bool ordered(const Access& before) {
 
 void touch(Cell& cell, bool write, const char* what, size_t at, void* pc) {
     const Access* other = nullptr;
+    if (cell.in_flight)
+        return report("bulk copy", pc, "%s byte %zu of %s before the bulk copy to it was waited for", write ? "writes" : "reads", at, what);
     if (!ordered(cell.write)) other = &cell.write;
     else if (write && !ordered(cell.first_read)) other = &cell.first_read;
     else if (write && !ordered(cell.last_read)) other = &cell.last_read;
@@ -97,7 +100,7 @@ void touch(Cell& cell, bool write, const char* what, size_t at, void* pc) {
                       other->block, other->thread - 1, theirs);
     }
     Access mine = now();
-    if (write) cell = {mine, {}, {}};
+    if (write) cell = {mine, {}, {}, false};
     else if (!cell.first_read.thread || cell.first_read.thread == mine.thread) cell.first_read = mine;
     else cell.last_read = mine;
 }
@@ -186,11 +189,18 @@ void watch_barrier(unsigned block) {
 void watch_warp(unsigned block, unsigned warp) { blocks[block].warp_epochs[warp]++; }
 void watch_fence() { here->acquired = true; }
 
-void watch_read(const void* from, size_t bytes) { access(from, bytes, false, WATCH_FRESH, __builtin_return_address(0)); }
-void watch_arrived(const void* to, size_t bytes) {
+static void mark(const void* to, size_t bytes, bool in_flight) {
+    Cell cell;
+    cell.in_flight = in_flight;
     size_t at = (const char*)to - here->dynamic;
-    for (size_t i = at; i < at + bytes && i < here->dynamic_bytes; i++) here->dynamic_cells[i] = Cell{};
+    for (size_t i = at; i < at + bytes && i < here->dynamic_bytes; i++) here->dynamic_cells[i] = cell;
 }
+void watch_issued(const void* to, const void* from, size_t bytes) {
+    access(from, bytes, false, WATCH_FRESH, __builtin_return_address(0));
+    access(to, bytes, true, WATCH_PLAIN, __builtin_return_address(0));
+    mark(to, bytes, true);
+}
+void watch_arrived(const void* to, size_t bytes) { mark(to, bytes, false); }
 
 #define HOOK extern "C" __attribute__((visibility("hidden"), noinline))
 #define HERE __builtin_return_address(0)

@@ -15,8 +15,8 @@ void watch_thread(unsigned block, unsigned thread, bool block_waited, bool waite
 void watch_barrier(unsigned block);
 void watch_warp(unsigned block, unsigned warp);
 void watch_fence();
-// A bulk copy: its source is read when it is issued; its bytes have arrived for whoever waited.
-void watch_read(const void* from, size_t bytes);
+// A bulk copy is issued: its source is read, its target is nobody's until it arrives.
+void watch_issued(const void* to, const void* from, size_t bytes);
 void watch_arrived(const void* to, size_t bytes);
 extern watch_how watch_access;
 // Given by cuda_on_cpu.h: ends the launch.
