@@ -540,19 +540,23 @@ static void landed(Stream* stream) {
     for (Exec* exec : stream->in_flight) exec->in_flight = nullptr;
     stream->in_flight.clear();
 }
-static CUresult synchronize_all() {
+static CUresult synchronize_all(CUresult due) {
+    if (due) {
+        for (Stream* stream : state().streams) landed(stream);  // whoever saw the wait fail may take things down
+        return due;
+    }
     if (breaks_any_capture()) return CAPTURE_UNSUPPORTED;
     landed(&state().default_stream);
     for (Stream* stream : state().streams) landed(stream);
     return check_guards();
 }
 static CUresult cuCtxSynchronize() {
-    GATE();
-    return synchronize_all();
+    Gate gate(__func__);
+    return synchronize_all(gate.result);
 }
 static CUresult cuCtxSynchronize_v2(Context*) {
-    GATE();
-    return synchronize_all();
+    Gate gate(__func__);
+    return synchronize_all(gate.result);
 }
 
 static CUresult create_stream(Stream** stream, unsigned flags, int priority) {
@@ -590,8 +594,12 @@ static CUresult destroy_stream(Stream* stream) {
 }
 static CUresult cuStreamDestroy(Stream* stream) { RELEASE_GATE(destroy_stream(stream)); }
 static CUresult cuStreamSynchronize(Stream* handle) {
-    GATE();
+    Gate gate(__func__);
     Stream* stream = stream_of(handle);
+    if (gate.result) {
+        if (stream) landed(stream);  // whoever saw the wait fail may take things down
+        return gate.result;
+    }
     if (!stream) return INVALID_HANDLE;
     if (breaks_capture(stream)) return CAPTURE_UNSUPPORTED;
     landed(stream);

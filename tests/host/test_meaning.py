@@ -13,7 +13,9 @@ Text = Callable[[str], str]
 LANES = np.arange(32)
 
 
-def run(text: Text, body: str, args: list, block: int = 32, grid: int = 1, shared: int = 0, **rest: object) -> dict[int, np.ndarray]:
+def run(
+    text: Text, body: str, args: list, block: int = 32, grid: int = 1, shared: int = 0, **rest: object
+) -> dict[int, np.ndarray]:
     """Run `extern "C" __global__ void subject(...)` in the three orders."""
     return compare_orders(KernelCall(text(body), "subject", grid, block, shared, args, **rest))
 
@@ -105,7 +107,9 @@ def test_halves_are_exact_both_ways(kernel_text: Text) -> None:
             np.geomspace(1e-9, 1e5, 5526).astype(np.float32),
         ]
     )
-    found = run(kernel_text, body, [bits, np.zeros(65536, np.float32), x, np.zeros(65536, np.uint16), 65536], writes=(1, 3))
+    found = run(
+        kernel_text, body, [bits, np.zeros(65536, np.float32), x, np.zeros(65536, np.uint16), 65536], writes=(1, 3)
+    )
     wide = bits.view(np.float16).astype(np.float32)
     numbers = ~np.isnan(wide)
     assert (found[1].view(np.uint32)[numbers] == wide.view(np.uint32)[numbers]).all()
@@ -131,17 +135,24 @@ def test_atomics_and_block_indices(kernel_text: Text) -> None:
     extern "C" __global__ void subject(u64* best, int* count, u32* ticket, u32* last) {
         u32 at = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
         u32 thread = threadIdx.y * blockDim.x + threadIdx.x;
-        atomicMax(best, choice_key((float)((at * 37 + thread * 11) % 97), (int)(at * blockDim.x * blockDim.y + thread)));
+        int index = (int)(at * blockDim.x * blockDim.y + thread);
+        atomicMax(best, choice_key((float)((at * 37 + thread * 11) % 97), index));
         atomicAdd(count, 1);
         __syncthreads();
         if (thread == 0) {
             __threadfence();
-            if (atomicAdd(ticket, 1u) == gridDim.x * gridDim.y * gridDim.z - 1) *last = (u32)choice_index(atomicExch(best, 5ull));
+            u32 blocks = gridDim.x * gridDim.y * gridDim.z;
+            if (atomicAdd(ticket, 1u) == blocks - 1) *last = (u32)choice_index(atomicExch(best, 5ull));
         }
     }
     """
     call = KernelCall(
-        kernel_text(body), "subject", (3, 2, 2), (8, 4, 1), 0, [np.zeros(1, np.uint64), *(np.zeros(1, np.int32) for _ in range(3))]
+        kernel_text(body),
+        "subject",
+        (3, 2, 2),
+        (8, 4, 1),
+        0,
+        [np.zeros(1, np.uint64), *(np.zeros(1, np.int32) for _ in range(3))],
     )
     found = compare_orders(call)
     block, thread = np.divmod(np.arange(12 * 32), 32)

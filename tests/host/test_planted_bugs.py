@@ -1,4 +1,4 @@
-"""Kernels with one bug each: the bug is reported by its kind and line, the same kernel without it passes every check."""
+"""Kernels with one bug each: it is reported by kind and line; the same kernel without it passes every check."""
 
 from __future__ import annotations
 
@@ -21,14 +21,24 @@ def numbers(count: int, seed: int = 1) -> np.ndarray:
 
 # name: (build that sees it, kind, words of its message, the launch)
 REPORTED = {
-    "missing_barrier": ("watch", "race", "parts[lane]|parts[threadIdx.x >> 5]", (4, 256, 0, [numbers(1024), np.zeros(4, np.float32)], {})),
+    "missing_barrier": (
+        "watch",
+        "race",
+        "parts[lane]|parts[threadIdx.x >> 5]",
+        (4, 256, 0, [numbers(1024), np.zeros(4, np.float32)], {}),
+    ),
     "off_by_one_row": (
         "address",
         "out of bounds",
         "matrix[row * columns + i]",
         (3, 128, 0, [numbers(10 * 48), numbers(48), np.zeros(10, np.float32), 10, 48], {"writes": (2,)}),
     ),
-    "divergent_barrier": ("fast", "divergent barrier", "__syncthreads", (1, 64, 0, [numbers(50), np.zeros(50, np.float32), 50], {})),
+    "divergent_barrier": (
+        "fast",
+        "divergent barrier",
+        "__syncthreads",
+        (1, 64, 0, [numbers(50), np.zeros(50, np.float32), 50], {}),
+    ),
     "stale_read": (
         "watch",
         "stale read",
@@ -39,7 +49,13 @@ REPORTED = {
         "fast",
         "missing wait",
         "block 1",
-        (2, 64, 0, [numbers(60), np.zeros(60, np.float32), 60], {"produced": (0,), "writes": (1,), "programmatic": True}),
+        (
+            2,
+            64,
+            0,
+            [numbers(60), np.zeros(60, np.float32), 60],
+            {"produced": (0,), "writes": (1,), "programmatic": True},
+        ),
     ),
     "early_read": (
         "watch",
@@ -54,15 +70,36 @@ REPORTED = {
         (2, 64, 0, [numbers(128), np.zeros(128, np.float32)], {"writes": (1,), "programmatic": True}),
     ),
     "partial_warp": ("fast", "partial warp", "0xfffffc00", (1, 32, 0, [numbers(10), np.zeros(1, np.float32), 10], {})),
-    "shared_overrun": ("address", "out of bounds", "places[threadIdx.x] =", (1, 64, 0, [numbers(64), np.zeros(64, np.float32)], {})),
-    "misaligned_load": ("address", "misaligned", "const float4*", (1, 32, 0, [numbers(132), np.zeros(32, np.float32)], {})),
+    "shared_overrun": (
+        "address",
+        "out of bounds",
+        "places[threadIdx.x] =",
+        (1, 64, 0, [numbers(64), np.zeros(64, np.float32)], {}),
+    ),
+    "misaligned_load": (
+        "address",
+        "misaligned",
+        "const float4*",
+        (1, 32, 0, [numbers(132), np.zeros(32, np.float32)], {}),
+    ),
     "early_ring_read": (
         "watch",
         "bulk copy",
         "shared_memory + i * 512",
-        (1, 32, 1040, [np.arange(1024, dtype=np.uint32).view(np.uint8)[:1024].copy(), np.zeros(32, np.uint32)], {"writes": (1,)}),
+        (
+            1,
+            32,
+            1040,
+            [np.arange(1024, dtype=np.uint32).view(np.uint8)[:1024].copy(), np.zeros(32, np.uint32)],
+            {"writes": (1,)},
+        ),
     ),
-    "block_race": ("watch", "race", "*out += sum", (4, 32, 0, [np.arange(128, dtype=np.int32), np.zeros(1, np.int32)], {"writes": (1,)})),
+    "block_race": (
+        "watch",
+        "race",
+        "*out += sum",
+        (4, 32, 0, [np.arange(128, dtype=np.int32), np.zeros(1, np.int32)], {"writes": (1,)}),
+    ),
 }
 
 
