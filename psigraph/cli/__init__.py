@@ -16,6 +16,7 @@ __all__ = ["COMMANDS", "main", "run"]
 
 # Command -> what it does. Its module is psigraph.cli.<command>, and the click command in there is `command`.
 COMMANDS = {
+    "bench": "Measure how many tokens a second a model decodes, and write a report.",
     "synth": "Write a synthetic model file with a real model's exact shapes.",
     "doctor": "Say what works on this machine, and how to get the rest.",
 }

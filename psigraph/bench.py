@@ -1,0 +1,283 @@
+"""Measures decoding and makes the report: what `psigraph bench` does, for other code to call too.
+
+One run: `depth` ids that nobody times, the prompt without its last id, then the timed part: n steps that give n
+tokens, the first of them the prompt's last. So the rate divides n tokens by n whole steps, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from .artifact import admit_model, artifact_record, check_model_size
+from .build import Model
+from .environment import GpuSnapshot, machine_record, peak_memory_bytes, seconds_since_start
+from .ir.errors import UsageError
+from .policy import Admission
+from .report import build_report
+from .session import Session, check_ids, open_session, vocabulary_of
+
+Progress = Callable[[int, int], None]
+
+WARM_UP_TOKENS_ON_CPU = 8  # caches are warm after these, and a whole run would only make people wait
+STEPS_FOR_QUANTILES = 256
+QUANTILES = (10, 50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured. mode: "chained" or "forced"; depth: positions filled before, untimed."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    repeats: int = 3
+    mode: str = "chained"
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UsageError("--prompt-token-ids: the prompt is empty; give at least one token id")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"--max-new-tokens {self.max_new_tokens}: at least 1 is needed")
+        if self.repeats < 1:
+            raise UsageError(f"--repeats {self.repeats}: at least 1 is needed")
+        if self.depth < 0:
+            raise UsageError(f"--depth {self.depth}: give 0 or more")
+
+    @property
+    def positions(self) -> int:
+        """Positions that a run fills."""
+        return self.depth + len(self.prompt) + self.max_new_tokens - 1
+
+    @property
+    def mean_position(self) -> float:
+        """Of the timed steps, counted from 0."""
+        return self.depth + len(self.prompt) - 1 + (self.max_new_tokens - 1) / 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed run: the ids, milliseconds from the prompt's first id on and of the timed steps alone."""
+
+    tokens: tuple[int, ...]
+    total_ms: float
+    decode_ms: float
+    first_token_ms: float
+
+    def record(self) -> dict[str, Any]:
+        # End tokens never stop a benchmark, here as in the peers' tools.
+        return {
+            "generated_tokens": list(self.tokens),
+            "total_ms": self.total_ms,
+            "decode_ms": self.decode_ms,
+            "stopped_on_eos": False,
+        }
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of generation alone."""
+        return 1e3 * len(self.tokens) / self.decode_ms
+
+
+def run_bench(
+    path: str | os.PathLike[str],
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    backend: str = "auto",
+    *,
+    repeats: int = 3,
+    mode: str = "chained",
+    depth: int = 0,
+    ctx: int | None = None,
+    device: int = 0,
+    graph: bool = True,
+    disable: Sequence[str] = (),
+    model_size: str | None = None,
+    allow_blocked: bool = False,
+    expect_sha256: str | None = None,
+    on_admission: Callable[[Admission], None] | None = None,
+    on_run: Progress | None = None,
+    **hooks: Any,
+) -> dict[str, Any]:
+    """The report of a benchmark, as `report.build_report` makes it; nothing is written.
+
+    The GPU's state is asked for first, then the policy; only an admitted file's weights are read. hooks: on_load and
+    on_compile of `open_session`, on_hash of `admit_model`; on_run(runs done, runs in all).
+    """
+    work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth)
+    snapshot = GpuSnapshot() if backend in ("auto", "cuda") else None
+    on_hash = hooks.pop("on_hash", None)
+    admissions: list[Admission] = []
+    sizes: list[str] = []
+
+    def check(model: Model) -> None:
+        check_ids(work.prompt, vocabulary_of(model))
+        sizes.append(check_model_size(model, model_size))
+        admission = admit_model(model, allow_blocked=allow_blocked, expect_sha256=expect_sha256, on_hash=on_hash)
+        admissions.append(admission)
+        if on_admission:
+            on_admission(admission)
+
+    outputs = ("logits",) if mode == "forced" else ()
+    with open_session(
+        path, backend, device, ctx, outputs, graph, disable, positions=work.positions, admit=check, **hooks
+    ) as session:
+        return measure(session, work, admissions[0], sizes[0], snapshot, on_run)
+
+
+def measure(
+    session: Session,
+    work: Work,
+    admission: Admission,
+    model_size: str,
+    snapshot: GpuSnapshot | None = None,
+    on_run: Progress | None = None,
+) -> dict[str, Any]:
+    """The report of a session's benchmark: warm-up, runs, step times, then the memory's bandwidth."""
+    timings: dict[str, Any] = dict(session.timings)
+    warm_up = run_once(session, _warm_up_of(session, work))
+    # Of this process: interpreter, imports and the question who uses the GPU included.
+    until_loaded, first = seconds_since_start(), warm_up.first_token_ms
+    if until_loaded is not None:
+        timings["start_to_first_token_ms"] = 1e3 * until_loaded - warm_up.total_ms + first
+    timings["first_token_ms"] = first
+    timings["warm_up_ms"] = warm_up.total_ms
+    timings["warm_up_tokens"] = len(warm_up.tokens)
+    runs = []
+    for index in range(work.repeats):
+        runs.append(run_once(session, work))
+        if on_run:
+            on_run(index + 1, work.repeats)
+    timings["warm_first_token_ms"] = median(run.first_token_ms for run in runs)
+    timings["step_us"] = step_quantiles(session, work)
+    artifact = artifact_record(session.model)
+    artifact["bytes_per_token"] = bytes_per_token(session, work)
+    return build_report(
+        model_path=str(session.model.file.path),
+        model_size=model_size,
+        backend=session.backend,
+        prompt_ids=work.prompt,
+        max_new_tokens=work.max_new_tokens,
+        runs=[run.record() for run in runs],
+        sha256=admission.sha256 or session.sha256(),
+        policy=admission.record(),
+        environment=environment(session, snapshot),
+        artifact=artifact,
+        timings=timings,
+        roofline=roofline(session, work),
+        decode_row=work.mode,
+        depth=work.depth,
+    )
+
+
+def run_once(session: Session, work: Work) -> Run:
+    """Resets the session and does the work once."""
+    session.reset()
+    if work.depth:
+        session.feed(filler_ids(work.depth, session.vocabulary))
+        session.engine.synchronize()
+    began = time.perf_counter()
+    if work.prompt[1:]:
+        session.feed(work.prompt[:-1])
+        session.engine.synchronize()
+    generating = time.perf_counter()
+    if work.mode == "forced":
+        tokens, decode_s, first_s = _forced(session, work)
+    else:
+        tokens, first_s = [], 0.0
+        session.feed(work.prompt[-1:])
+        for chunk in session.decode(work.max_new_tokens):
+            first_s = first_s or time.perf_counter() - generating
+            tokens += chunk
+        decode_s = time.perf_counter() - generating
+    total_s = generating - began + decode_s
+    return Run(tuple(tokens), 1e3 * total_s, 1e3 * decode_s, 1e3 * (generating - began + first_s))
+
+
+def _forced(session: Session, work: Work) -> tuple[list[int], float, float]:
+    """(the device's choices, seconds, seconds to the first): given ids, all logits on the host for every token.
+
+    What numpy needs to name the best logit is left out, as it is no part of the work that is compared.
+    """
+    engine = session.engine
+    ids = [work.prompt[-1], *filler_ids(work.max_new_tokens - 1, session.vocabulary)]
+    tokens, seconds, first = [], 0.0, 0.0
+    for token in ids:
+        began = time.perf_counter()
+        engine.feed((token,))
+        logits = engine.logits()
+        seconds += time.perf_counter() - began
+        first = first or seconds
+        tokens.append(int(np.argmax(logits)))
+    return tokens, seconds, first
+
+
+def filler_ids(count: int, vocabulary: int) -> list[int]:
+    """The same varied ids every time, int[count]: what is read does not change what a step costs."""
+    ids: list[int] = np.random.default_rng(0).integers(0, vocabulary, count).tolist()
+    return ids
+
+
+def step_quantiles(session: Session, work: Work) -> dict[str, float]:
+    """Microseconds of single steps over the positions of a run, an event between each: p10, p50, p90, p99, max."""
+    count = min(STEPS_FOR_QUANTILES, work.max_new_tokens - 1)
+    if session.backend != "cuda":
+        count = min(count, 16)
+    if count < 1:
+        return {}
+    session.reset()
+    if work.depth:
+        session.feed(filler_ids(work.depth, session.vocabulary))
+    session.feed(work.prompt)
+    times = session.engine.step_times(count)
+    found = {f"p{quantile}": float(np.percentile(times, quantile)) for quantile in QUANTILES}
+    return {**found, "max": float(times.max()), "steps": count}
+
+
+def bytes_per_token(session: Session, work: Work) -> float:
+    """Bytes that a step must read: weights, activations, and the cache at the runs' mean position."""
+    program = session.program
+    if program is None:  # numpy: the dequantized weights, whatever the cache adds
+        size = np.dtype(getattr(session.engine, "dtype", np.float64)).itemsize
+        matrices = sum(p.type.size for p in session.graph.params if p.kind == "weight" and len(p.type.shape) == 2)
+        return float(matrices * size)
+    cache = sum(launch.cache_bytes_per_position for launch in program.launches)
+    return program.weight_bytes_per_token + cache * work.mean_position
+
+
+def roofline(session: Session, work: Work) -> dict[str, float] | None:
+    """The read bandwidth of this GPU, measured now, and the bytes of a token; None where there is no GPU."""
+    if session.backend != "cuda":
+        return None
+    from .runtime.engine import Engine
+
+    assert isinstance(session.engine, Engine)
+    return {
+        "read_bandwidth_gb_s": session.engine.read_bandwidth() / 1e9,
+        "bytes_per_token": bytes_per_token(session, work),
+    }
+
+
+def environment(session: Session, snapshot: GpuSnapshot | None) -> dict[str, Any]:
+    """The `environment` of a report. No `gpu` where none was used."""
+    found = {**machine_record(), **session.facts, "peak_host_bytes": peak_memory_bytes()}
+    facts, driver = session.device_facts, session.driver
+    if session.backend == "cuda" and facts is not None and driver is not None:
+        parts = [driver.attribute(name) for name in ("PCI_DOMAIN_ID", "PCI_BUS_ID", "PCI_DEVICE_ID")]
+        address = "{:04x}:{:02x}:{:02x}.0".format(*parts)
+        found |= {"cuda": facts.driver_version, "gpu_memory_bytes": facts.total_memory, "l2_bytes": facts.l2_bytes}
+        found |= (snapshot or GpuSnapshot()).of(address)
+    return found
+
+
+def _warm_up_of(session: Session, work: Work) -> Work:
+    if session.backend == "cuda":
+        return work
+    count = min(work.max_new_tokens, WARM_UP_TOKENS_ON_CPU)
+    return Work(work.prompt, count, 1, work.mode, min(work.depth, WARM_UP_TOKENS_ON_CPU))

@@ -1,0 +1,176 @@
+"""`psigraph bench`: measures decoding, prints the figures and writes the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+
+from ..json_file import check_writable
+from ..policy import Admission
+from .options import MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
+from .stages import stages
+
+EPILOG = """\b
+The rate divides the generated tokens by the time of generation alone: as many decode steps, no load, no
+compilation, no prompt. End tokens do not stop it, as in the peers' benchmarks. One run before the timed ones
+warms up and is not counted.
+
+\b
+Examples:
+  psigraph bench --model-path qwen3-1.7b.gguf --artifact-kind gguf --model-size 1.7b --backend cuda \\
+      --prompt-token-ids 151644 --max-new-tokens 512 --repeats 3 --json-out report.json
+  psigraph bench --model-path qwen3-1.7b.gguf --mode forced --depth 4096 --max-new-tokens 128"""
+
+
+@click.command("bench", epilog=EPILOG)
+@click.option("--model-path", required=True, type=MODEL_PATH, metavar="F", help="The model file.")
+@click.option(
+    "--artifact-kind", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="What the model file is."
+)
+@click.option("--model-size", metavar="SIZE", help="Checked against the file: 0.6b, 1.7b, 4b, 8b, ...")
+@backend_option()
+@click.option(
+    "--prompt-token-ids", "prompt", type=TOKEN_IDS, default="151644", show_default=True, help="Prompt, as token ids."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Tokens a run."
+)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Timed runs.")
+@click.option(
+    "--mode",
+    type=click.Choice(["chained", "forced"]),
+    default="chained",
+    show_default=True,
+    help="chained: each token feeds the next step on the device. forced: ids are given, and the host waits and takes "
+    "all logits for every token, as llama-bench does.",
+)
+@click.option(
+    "--depth",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Fill N positions first, untimed.",
+)
+@run_options
+@admission_options
+@click.option("--json-out", type=click.Path(path_type=Path), metavar="R", help="Write the report here.")
+def command(
+    model_path: Path,
+    artifact_kind: str,
+    model_size: str | None,
+    backend: str,
+    prompt: tuple[int, ...],
+    max_new_tokens: int,
+    repeats: int,
+    mode: str,
+    depth: int,
+    device: int,
+    ctx: int | None,
+    no_graph: bool,
+    disable: tuple[str, ...],
+    allow_blocked: bool,
+    expect_sha256: str | None,
+    json_out: Path | None,
+) -> None:
+    """Measure how many tokens a second a model decodes, and write a report that says on what and how.
+
+    At least three repeats make a row that can be cited; fewer are for trying things out.
+    """
+    del artifact_kind  # there is one kind; the option keeps command lines of other tools working
+    if json_out is not None:
+        check_writable(json_out)
+    # numpy and the rest take a third of a second to import: not before the options are known to be sound.
+    from ..bench import run_bench
+    from ..report import validate_report, write_json_atomically
+
+    with stages() as bars:
+        report = run_bench(
+            model_path,
+            prompt,
+            max_new_tokens,
+            backend,
+            repeats=repeats,
+            mode=mode,
+            depth=depth,
+            ctx=ctx,
+            device=device,
+            graph=not no_graph,
+            disable=disable,
+            model_size=model_size,
+            allow_blocked=allow_blocked,
+            expect_sha256=expect_sha256,
+            on_admission=_warn,
+            on_hash=bars.bar(f"hashing {model_path.name}", in_bytes=True),
+            on_compile=bars.bar("compiling kernels"),
+            on_load=bars.bar("loading weights", in_bytes=True),
+            on_run=bars.bar("measuring"),
+        )
+    for problem in validate_report(report):
+        click.echo(f"psigraph: warning: report: {problem}", err=True)
+    click.echo(summary(report))
+    if json_out is not None:
+        write_json_atomically(json_out, report)
+        click.echo(f"report: {json_out}")
+
+
+def _warn(admission: Admission) -> None:
+    for warning in admission.warnings:
+        click.echo(f"psigraph: warning: {warning}", err=True)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The figures of a report, for people."""
+    environment, timings, artifact = report["environment"], report["timings"], report["artifact"]
+    where = environment.get("gpu") or f"{environment.get('processor') or 'CPU'}, {environment['cores']} cores"
+    synthetic = ", synthetic" if artifact["synthetic"] else ""
+    rates = [run["decode_tokens_per_second"] for run in report["runs"]]
+    middle = median(rates)
+    lines = [
+        f"{artifact['file']}  {report['model_size']} {artifact['tier']}{synthetic}",
+        f"{report['execution_engine']} on {where} ({environment['arithmetic']})",
+    ]
+    reason = environment.get("no_gpu_because")
+    if reason:
+        lines.append(f"no GPU: {reason}")
+    lines += ["", *_costs(timings), ""]
+    for run in report["runs"]:
+        rate, tokens, ms = run["decode_tokens_per_second"], run["output_tokens"], run["decode_ms"]
+        lines.append(f"  run {run['run_index'] + 1}   {rate:8.1f} tok/s   {tokens} tokens in {ms:,.1f} ms")
+    spread = 100 * (max(rates) - min(rates)) / middle
+    lines.append(
+        f"  median  {middle:8.1f} tok/s   {1e6 / middle:,.1f} us a token, "
+        f"{min(rates):.1f} to {max(rates):.1f} (spread {spread:.1f} %)"
+    )
+    if not report["runs_identical"]:
+        lines.append("  the runs' tokens differ: greedy decoding must repeat itself, so this is a defect")
+    steps = timings.get("step_us")
+    if steps:
+        lines.append(f"  steps   p10 {steps['p10']:,.1f}  p50 {steps['p50']:,.1f}  p90 {steps['p90']:,.1f} us")
+    return "\n".join(lines + _roofline_lines(report))
+
+
+def _costs(timings: dict[str, Any]) -> list[str]:
+    shown = [("open", "open_ms"), ("compile", "compile_ms"), ("load", "load_ms"), ("capture", "capture_ms")]
+    parts = [f"{name} {timings[key]:,.0f} ms" for name, key in shown if timings.get(key)]
+    if timings.get("start_to_first_token_ms"):
+        parts.append(f"start to first token {timings['start_to_first_token_ms']:,.0f} ms")
+    return ["  " + ", ".join(parts)]
+
+
+def _roofline_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
+    environment, roofline = report["environment"], report["roofline"]
+    if roofline is not None:
+        lines.append(
+            f"  {roofline['bytes_per_token'] / 1e9:.3f} GB a token, read bandwidth "
+            f"{roofline['read_bandwidth_gb_s']:,.0f} GB/s (measured): {100 * roofline['share_of_read_bandwidth']:.1f} %"
+        )
+        if not roofline["valid"]:
+            lines.append("  this row is void: the GPU reads slower than its kind must; it is shared or throttled")
+    if environment.get("gpu_idle") is False:
+        lines.append(f"  the GPU was not idle: {environment.get('gpu_idle_check')}")
+    return lines

@@ -1,0 +1,96 @@
+"""Options that several commands share, so that they are named and explained alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..policy import OVERRIDE_OPTION
+
+Command = Callable[..., Any]
+
+BACKEND_HELP = (
+    "cuda: a GPU; cpu: numpy, slow and exact; host: the generated kernels on this machine's CPU (needs g++); "
+    "auto: cuda if a GPU works, else cpu."
+)
+
+
+class TokenIds(click.ParamType[tuple[int, ...]]):
+    """`1,2,3` or `1 2 3` -> (1, 2, 3)."""
+
+    name = "ids"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return "IDS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        ids = []
+        for part in re.split(r"[,\s]+", value.strip()):
+            if not re.fullmatch(r"\d{1,10}", part, re.ASCII):
+                what = f"{part[:40]!r} is no token id" if part else "the prompt is empty"
+                self.fail(f"{what}; give numbers from 0, separated by commas, such as 151644,872", param, ctx)
+            ids.append(int(part))
+        return tuple(ids)
+
+
+TOKEN_IDS = TokenIds()
+# Existence is not asked here: the reader of model files has the better words for what is wrong with one.
+MODEL_PATH = click.Path(path_type=Path)
+
+
+def backend_option(default: str | None = "auto") -> Callable[[Command], Command]:
+    """--backend."""
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", "cuda", "cpu", "host"]),
+        default=default,
+        show_default=default is not None,
+        help=BACKEND_HELP,
+    )
+
+
+def run_options(command: Command) -> Command:
+    """--device, --ctx, --no-graph, --disable-pass: how a model is run."""
+    for option in reversed(
+        (
+            click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU."),
+            click.option(
+                "--ctx",
+                type=click.IntRange(1),
+                metavar="N",
+                help="Positions that the KV cache holds. Default: 4096, more where the request needs more.",
+            ),
+            click.option("--no-graph", is_flag=True, help="Launch kernel after kernel; replay no CUDA graph."),
+            disable_option,
+        )
+    ):
+        command = option(command)
+    return command
+
+
+disable_option = click.option(
+    "--disable-pass",
+    "disable",
+    multiple=True,
+    metavar="NAME",
+    help="Leave a fusion out; repeatable. A wrong name lists them.",
+)
+
+
+def admission_options(command: Command) -> Command:
+    """--allow-blocked-quantization and --expect-sha256."""
+    command = click.option(
+        "--expect-sha256", metavar="HEX", help="Refuse the file unless this is its digest, before a weight is read."
+    )(command)
+    return click.option(
+        OVERRIDE_OPTION,
+        "allow_blocked",
+        is_flag=True,
+        help="Run weights of a quantization tier that the policy blocks; the report says so.",
+    )(command)

@@ -1,0 +1,406 @@
+"""One model, ready to decode, wherever it runs: on a GPU, on the stand-in driver, or in numpy.
+
+with open_session("model.gguf") as session:
+    session.feed([151644])
+    for tokens in session.decode(64):
+        ...
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .build import Model, fuse, open_model
+from .codegen.lower import lower
+from .codegen.target import Target, arch_of_capability, target_for
+from .ir.errors import DeviceError, UsageError
+from .ir.graph import Graph, TensorType
+from .ir.program import Program
+from .report import ENGINES
+from .runtime.kernel_cache import KernelCache, default_cache_dir
+
+if TYPE_CHECKING:
+    from .runtime.driver import DeviceFacts, Driver
+
+BACKENDS = ("auto", "cuda", "host", "cpu")
+STAND_IN_NAME = "psigraph host target"
+
+Progress = Callable[[int, int], None]
+
+
+class DecodeEngine(Protocol):
+    """What `runtime.engine.Engine` and `numpy_path.NumpyEngine` have in common; both document it."""
+
+    context: int
+    position: int
+    timings: Any
+
+    @property
+    def has_logits(self) -> bool: ...
+
+    def reset(self) -> None: ...
+    def synchronize(self) -> None: ...
+    def feed(self, ids: Sequence[int], on_step: Callable[[int], None] | None = None) -> None: ...
+    def decode(self, count: int, chunk: int = ...) -> Iterator[list[int]]: ...
+    def chosen(self) -> int: ...
+    def logits(self) -> np.ndarray: ...
+    def forced_logits(self, ids: Sequence[int]) -> np.ndarray: ...
+    def step_times(self, count: int) -> np.ndarray: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Session:
+    """A loaded model. Made by `open_session`; close it, or use it in a `with` statement.
+
+    backend    "cuda", "host" or "cpu": what it runs on, never "auto".
+    program    what the GPU or the stand-in runs; None in numpy.
+    facts      for reports: where it runs and in what arithmetic.
+    timings    milliseconds of open_ms, driver_ms, fuse_ms, compile_ms, load_ms, modules_ms, capture_ms; counts of
+               kernels and of those that came from the cache.
+    end_tokens ids after which a text is over; decoding does not stop at them by itself.
+    """
+
+    model: Model
+    backend: str
+    graph: Graph
+    engine: DecodeEngine
+    end_tokens: tuple[int, ...]
+    program: Program | None = None
+    driver: Driver | None = None
+    device_facts: DeviceFacts | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The execution engine's name in reports."""
+        return ENGINES[self.backend]
+
+    @property
+    def context(self) -> int:
+        """Positions that the caches hold."""
+        return self.engine.context
+
+    @property
+    def position(self) -> int:
+        """Positions that are taken."""
+        return self.engine.position
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids: 0 to vocabulary - 1."""
+        return vocabulary_of(self.model)
+
+    def reset(self) -> None:
+        """Back to position 0."""
+        self.engine.reset()
+
+    def feed(self, ids: Sequence[int]) -> None:
+        """Take in token ids; UsageError for none, for one outside the vocabulary, or too many for the context."""
+        check_ids(ids, self.vocabulary)
+        self.engine.feed(ids)
+
+    def decode(self, count: int, chunk: int | None = None) -> Iterator[list[int]]:
+        """`count` greedy tokens in chunks, the first chosen by the last id of `feed`.
+
+        chunk: tokens at once; None: as many as keep a GPU busy, one by one on a CPU.
+        """
+        if self.position == 0:
+            raise UsageError("nothing was fed yet: greedy decoding continues at least one token")
+        if chunk is None:
+            return self.engine.decode(count) if self.backend == "cuda" else self.engine.decode(count, 1)
+        return self.engine.decode(count, chunk)
+
+    def forced_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits after each of `ids`, float[len(ids), vocabulary]; needs a session with outputs=("logits",)."""
+        check_ids(ids, self.vocabulary)
+        return self.engine.forced_logits(ids)
+
+    def sha256(self, progress: Progress | None = None) -> str:
+        """Of the model file; remembered on disk."""
+        return self.model.file.sha256(progress, default_cache_dir())
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""
+        self.engine.close()
+        if self.driver is not None:
+            self.driver.close()
+        self.model.file.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_session(
+    path: str | os.PathLike[str],
+    backend: str = "auto",
+    device: int = 0,
+    ctx: int | None = None,
+    outputs: Sequence[str] = (),
+    graph: bool = True,
+    disable: Sequence[str] = (),
+    *,
+    positions: int | None = None,
+    shapes: dict[str, dict[str, int]] | None = None,
+    cache_dtype: str = "f16",
+    admit: Callable[[Model], None] | None = None,
+    on_load: Progress | None = None,
+    on_compile: Progress | None = None,
+) -> Session:
+    """Open a model file and make it ready to decode.
+
+    backend      "cuda", "host" (generated kernels on this machine's CPU), "cpu" (numpy), or "auto": a GPU if one
+                 works, else numpy.
+    device       number of the GPU.
+    ctx          positions that the caches hold; None: 4096, or `positions` if that is more, as far as the model allows.
+    outputs      ("logits",) to read logits back.
+    graph        replay a captured CUDA graph; False launches kernel after kernel.
+    disable      passes to leave out.
+    positions    how many positions the caller is going to fill.
+    shapes       launch shapes that tuning found, see `codegen.lower.lower`.
+    cache_dtype  "f16" or "f32"; f32 in numpy only.
+    admit        called with the model before any weight is read; may raise.
+    on_load      (bytes read, bytes in all); on_compile: (kernels compiled, kernels in all).
+
+    Raises the errors of `open_model`, UsageError for options that cannot work, DeviceError and OutOfMemoryError.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+    if cache_dtype != "f16" and backend != "cpu":
+        raise UsageError(f"a {cache_dtype} cache: only the backend cpu has it")
+    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, on_load, on_compile)
+    # A driver takes a third of a second to start, which the header and the passes can use.
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None
+        model: Model | None = None
+        try:
+            began = time.perf_counter()
+            model = open_model_for(path, ctx, positions)
+            if admit is not None:
+                admit(model)
+            opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
+            return opener.open(model, backend, starting)
+        except BaseException:
+            if starting is not None and starting.exception() is None:
+                starting.result().close()
+            if model is not None:
+                model.file.close()
+            raise
+
+
+def open_model_for(path: str | os.PathLike[str], ctx: int | None = None, positions: int | None = None) -> Model:
+    """A model file whose caches will hold `positions`; reads no weights.
+
+    UsageError if they cannot, naming what would work.
+    """
+    model = open_model(path, ctx)
+    try:
+        held, limit = int(model.binding.sizes["context"]), model.binding.context_limit
+        if positions is None or positions <= held:
+            return model
+        if positions > limit:
+            raise UsageError(
+                f"prompt and new tokens fill {positions} positions, the model's context has {limit}; "
+                "shorten the prompt or lower --max-new-tokens"
+            )
+        if ctx is not None:
+            raise UsageError(f"--ctx {ctx}: prompt and new tokens fill {positions} positions; give at least that many")
+        types = {name: TensorType(info.dtype, info.shape) for name, info in model.file.tensors.items()}
+        return Model(model.file, model.spec, model.spec.bind(model.file.metadata, types, positions))
+    except BaseException:
+        model.file.close()
+        raise
+
+
+def vocabulary_of(model: Model) -> int:
+    """Number of token ids of a model."""
+    return int(model.binding.sizes["vocabulary"])
+
+
+def check_ids(ids: Sequence[int], vocabulary: int) -> None:
+    """UsageError for an empty prompt or an id outside the vocabulary."""
+    if not ids:
+        raise UsageError("the prompt is empty: give at least one token")
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise UsageError(f"token id {token} is outside the vocabulary; ids are 0 to {vocabulary - 1}")
+
+
+def _start_driver(device: int) -> Driver:
+    """The driver's context, made in a thread of its own; whoever uses it makes it current there."""
+    from .runtime.driver import Driver
+
+    return Driver(device)
+
+
+class _Opener:
+    """The options of `open_session` on their way to an engine."""
+
+    def __init__(
+        self,
+        device: int,
+        outputs: Sequence[str],
+        graph: bool,
+        disable: Sequence[str],
+        shapes: dict[str, dict[str, int]] | None,
+        cache_dtype: str,
+        on_load: Progress | None,
+        on_compile: Progress | None,
+    ) -> None:
+        self.device, self.outputs, self.graph, self.disable = device, outputs, graph, disable
+        self.shapes, self.cache_dtype = shapes, cache_dtype
+        self.on_load, self.on_compile = on_load, on_compile
+        self.timings: dict[str, float] = {}
+
+    def open(self, model: Model, backend: str, starting: Future[Driver] | None) -> Session:
+        ends = _end_tokens(model)
+        began = time.perf_counter()
+        fused = fuse(model.graph(self.outputs), self.disable)[0]
+        self._lap("fuse_ms", began)
+        if starting is not None:
+            began = time.perf_counter()
+            found, reason = _settled(starting, may_fail=backend == "auto")
+            self._lap("driver_ms", began)
+            if found is not None:
+                return self._on_device("cuda", model, fused, ends, found)
+            return self._in_numpy(model, fused, ends, reason)
+        if backend == "cpu":
+            return self._in_numpy(model, fused, ends, "")
+        from .runtime import host
+
+        began = time.perf_counter()
+        host.activate()
+        driver = _start_driver(0)
+        self._lap("driver_ms", began)
+        return self._on_device("host", model, fused, ends, driver)
+
+    def _on_device(self, backend: str, model: Model, fused: Graph, ends: tuple[int, ...], driver: Driver) -> Session:
+        from .runtime.compiler import compile_program
+        from .runtime.engine import Engine
+
+        try:
+            driver.call("cuCtxSetCurrent", driver.context)
+            facts = driver.facts()
+            arch = "host" if backend == "host" else arch_of_capability(*facts.capability)
+            target = target_for(arch, facts.sm_count)
+            began = time.perf_counter()
+            program = lower(fused, target, self.shapes)
+            self._lap("lower_ms", began)
+            began = time.perf_counter()
+            compiled = compile_program(program, arch, KernelCache(default_cache_dir()), self.on_compile)
+            self._lap("compile_ms", began)
+            engine = Engine(driver, program, compiled, model, end_tokens=ends, graph=self.graph, progress=self.on_load)
+        except BaseException:
+            driver.close()
+            raise
+        self.timings["kernels"] = len(compiled)
+        self.timings["kernels_from_cache"] = sum(kernel.cached for kernel in compiled.values())
+        self._engine_timings(engine.timings)
+        where = {"gpu": facts.name} if backend == "cuda" else {"stand_in_driver": True}
+        session_facts = {
+            **where,
+            "capability": ".".join(map(str, facts.capability)),
+            "multiprocessors": facts.sm_count,
+            "arch": arch,
+            "arithmetic": "int8 dot products of two digits, float32 sums, f16 cache",
+            "graph": self.graph,
+            "device_bytes": engine.arena_bytes,
+            "weight_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "weight"),
+            "state_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "state"),
+        }
+        return Session(model, backend, fused, engine, ends, program, driver, facts, session_facts, dict(self.timings))
+
+    def _in_numpy(self, model: Model, fused: Graph, ends: tuple[int, ...], reason: str) -> Session:
+        from .numpy_path import NumpyEngine
+
+        engine = NumpyEngine(fused, model, ends, cache_dtype=self.cache_dtype, progress=self.on_load)
+        self._engine_timings(engine.timings)
+        facts = {
+            "arithmetic": f"numpy {np.dtype(engine.dtype).name}, {self.cache_dtype} cache",
+            "graph": False,
+            "no_gpu_because": reason,
+        }
+        return Session(model, "cpu", fused, engine, ends, facts=facts, timings=dict(self.timings))
+
+    def _lap(self, name: str, began: float) -> None:
+        self.timings[name] = 1e3 * (time.perf_counter() - began)
+
+    def _engine_timings(self, timings: Any) -> None:
+        for name in ("load", "modules", "capture"):
+            self.timings[f"{name}_ms"] = 1e3 * getattr(timings, f"{name}_s")
+
+
+def _settled(starting: Future[Driver], may_fail: bool) -> tuple[Driver | None, str]:
+    """The started driver, or (None, why not) where another backend may take its place."""
+    try:
+        driver = starting.result()
+    except DeviceError as error:
+        if may_fail:
+            return None, str(error)
+        raise
+    try:
+        driver.call("cuCtxSetCurrent", driver.context)
+        facts = driver.facts()
+        if facts.name.startswith(STAND_IN_NAME):
+            raise DeviceError("the stand-in driver is loaded in this process; use --backend host, or a new process")
+        arch_of_capability(*facts.capability)
+    except (DeviceError, UsageError) as error:
+        driver.close()
+        if may_fail:
+            return None, str(error)
+        if isinstance(error, UsageError):
+            raise DeviceError(f"{facts.name}: {error}; use --backend cpu") from None
+        raise
+    return driver, ""
+
+
+def _end_tokens(model: Model) -> tuple[int, ...]:
+    from .runtime.tokenizer import end_tokens
+
+    return end_tokens(model.file)
+
+
+def metadata_text(metadata: Mapping[str, Any], key: str) -> str | None:
+    """A text value of the file's metadata, or None."""
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
+def present_target() -> Target | None:
+    """The target of GPU 0 of this machine, with its number of multiprocessors; None where no GPU works."""
+    try:
+        driver = _start_driver(0)
+    except DeviceError:
+        return None
+    try:
+        facts = driver.facts()
+        if facts.name.startswith(STAND_IN_NAME):
+            return None
+        return target_for(arch_of_capability(*facts.capability), facts.sm_count)
+    except (DeviceError, UsageError):
+        return None
+    finally:
+        driver.close()
+
+
+def shown_path(path: Path) -> str:
+    """A path for people: relative to the working directory where it lies below it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
