@@ -55,8 +55,7 @@ def test_each_command_has_help_with_an_example(name: str, capsys: pytest.Capture
     assert run([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"Usage: psigraph {name}" in shown
-    assert "Example" in shown
-    assert f"  psigraph {name}" in shown
+    assert f"psigraph {name}" in shown.partition("Example")[2]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
