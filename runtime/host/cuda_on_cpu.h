@@ -711,16 +711,19 @@ static inline void dot_chunk(int sums[4], const unsigned weights[8], unsigned di
 
 template <class T> static inline T fresh(const T* p) {
     HOST_WATCH(WatchAs as(WATCH_FRESH));
-    return *p;
+    T value = *p;
+    return value;
 }
 // Memory of the running step's buffers that only earlier steps wrote: it may be read before the wait.
 template <class T> static inline T from_earlier_step(const T* p) {
     HOST_WATCH(WatchAs as(WATCH_EARLIER));
-    return *p;
+    T value = *p;
+    return value;
 }
 template <class T> static inline T non_coherent(const T* p) {
     HOST_WATCH(WatchAs as(WATCH_NON_COHERENT));
-    return *p;
+    T value = *p;
+    return value;
 }
 
 // cp.async.bulk with an mbarrier that belongs to one warp. The bytes arrive as late as they may: when somebody

@@ -23,11 +23,19 @@ extern watch_how watch_access;
 void host_watch_failed(const char* kind, const char* text);
 }
 
-// How the loads and stores of a scope are meant.
+// How the loads and stores of a scope are meant. The fences keep them inside: the compiler does not know yet, when
+// it optimises, that each of them is going to call the watcher.
 struct WatchAs {
     watch_how before;
-    explicit WatchAs(watch_how how) : before(watch_access) { watch_access = how; }
-    ~WatchAs() { watch_access = before; }
+    explicit WatchAs(watch_how how) : before(watch_access) {
+        watch_access = how;
+        asm volatile("" ::: "memory");
+    }
+    ~WatchAs() {
+        asm volatile("" ::: "memory");
+        watch_access = before;
+        asm volatile("" ::: "memory");
+    }
 };
 
 #endif
