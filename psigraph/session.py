@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +34,7 @@ BACKENDS = ("auto", "cuda", "host", "cpu")
 STAND_IN_NAME = "psigraph host target"
 
 Progress = Callable[[int, int], None]
+Positions = int | Callable[[Model], int] | None
 
 
 class DecodeEngine(Protocol):
@@ -155,7 +155,7 @@ def open_session(
     graph: bool = True,
     disable: Sequence[str] = (),
     *,
-    positions: int | None = None,
+    positions: Positions = None,
     shapes: dict[str, dict[str, int]] | None = None,
     cache_dtype: str = "f16",
     admit: Callable[[Model], None] | None = None,
@@ -171,7 +171,7 @@ def open_session(
     outputs      ("logits",) to read logits back.
     graph        replay a captured CUDA graph; False launches kernel after kernel.
     disable      passes to leave out.
-    positions    how many positions the caller is going to fill.
+    positions    how many positions the caller is going to fill, or a function that says so for the opened model.
     shapes       launch shapes that tuning found, see `codegen.lower.lower`.
     cache_dtype  "f16" or "f32"; f32 in numpy only.
     admit        called with the model before any weight is read; may raise.
@@ -203,13 +203,15 @@ def open_session(
             raise
 
 
-def open_model_for(path: str | os.PathLike[str], ctx: int | None = None, positions: int | None = None) -> Model:
-    """A model file whose caches will hold `positions`; reads no weights.
+def open_model_for(path: str | os.PathLike[str], ctx: int | None = None, positions: Positions = None) -> Model:
+    """A model file whose caches will hold `positions` (see `open_session`); reads no weights.
 
     UsageError if they cannot, naming what would work.
     """
     model = open_model(path, ctx)
     try:
+        if callable(positions):
+            positions = positions(model)
         held, limit = int(model.binding.sizes["context"]), model.binding.context_limit
         if positions is None or positions <= held:
             return model
@@ -375,12 +377,6 @@ def _end_tokens(model: Model) -> tuple[int, ...]:
     return end_tokens(model.file)
 
 
-def metadata_text(metadata: Mapping[str, Any], key: str) -> str | None:
-    """A text value of the file's metadata, or None."""
-    value = metadata.get(key)
-    return value if isinstance(value, str) else None
-
-
 def present_target() -> Target | None:
     """The target of GPU 0 of this machine, with its number of multiprocessors; None where no GPU works."""
     try:
@@ -396,11 +392,3 @@ def present_target() -> Target | None:
         return None
     finally:
         driver.close()
-
-
-def shown_path(path: Path) -> str:
-    """A path for people: relative to the working directory where it lies below it."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

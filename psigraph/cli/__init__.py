@@ -17,7 +17,10 @@ __all__ = ["COMMANDS", "main", "run"]
 # Command -> what it does. Its module is psigraph.cli.<command>, and the click command in there is `command`.
 COMMANDS = {
     "bench": "Measure how many tokens a second a model decodes, and write a report.",
+    "generate": "Continue a text with a model.",
     "synth": "Write a synthetic model file with a real model's exact shapes.",
+    "compare": "Measure other runtimes and psigraph in turns on one file.",
+    "matrix": "Merge reports into the comparator matrix, its tables and its chart.",
     "doctor": "Say what works on this machine, and how to get the rest.",
 }
 
