@@ -17,12 +17,12 @@ from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node
 from .emission import Context, Emitted
 from .weight_types import padded_columns
-from .writer import Writer
+from .writer import Writer, c_float
 
 ATTENTION_OPS = ("rope_append", "rope_attention", "attention")
 
 THREADS = 256
-UNROLL = 4
+UNROLL = 2
 MAX_SPLITS = 32
 
 
@@ -36,6 +36,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
         raise UnsupportedModelError(f"head_dim {head_dim}: kernels support powers of two from 16 to 256")
     group = heads // kv_heads
+    rows = THREADS // (head_dim // 8)
     splits = max(1, min(MAX_SPLITS, ctx.target.sm_count // kv_heads)) if attend else 1
     parameters: list[str] = []
     args: list[str | int] = []
@@ -65,67 +66,70 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     take("int context", ctx.ctx)
 
     writer = Writer()
-    writer.line(f'extern "C" __global__ void __launch_bounds__({THREADS}) KERNEL({", ".join(parameters)}) {{')
-    writer._depth += 1
-    writer.lines(f"""
-        constexpr int HEAD_DIM = {head_dim}, GROUP = {group}, SPLITS = {splits};  // GROUP query heads share a key/value head
-        constexpr int ROW_LANES = HEAD_DIM / 8, ROWS = {THREADS} / ROW_LANES;  // lanes that read a row; rows at once
-        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-        const int kv_head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
-        const int now = from_earlier_step(position);
-        const int share = ((now + SPLITS) / SPLITS + ROWS - 1) / ROWS * ROWS;
-        const int per_split = share > {UNROLL} * ROWS ? share : {UNROLL} * ROWS;
-        const int active = now / per_split + 1;  // splits that have positions
-        const int first = split * per_split, last = first + per_split < now + 1 ? first + per_split : now + 1;
-        const u64 head_start = (u64)kv_head * context * HEAD_DIM;
-        __shared__ __align__(16) float queries[GROUP][HEAD_DIM];
-    """)
-    if rotate:
-        writer.lines("""
-            __shared__ __align__(16) u16 new_key[HEAD_DIM], new_value[HEAD_DIM];
-            __shared__ float2 turn[HEAD_DIM / 2];  // cosine and sine of this position
-            __shared__ float norm_weights[2][HEAD_DIM];
-        """)
-    if attend:
-        _prefetch(writer, rotate)
-    writer.line("let_next_kernel_start();")
-    if rotate:
+    signature = ", ".join(parameters)
+    with writer.block(f'extern "C" __global__ void __launch_bounds__({THREADS}) KERNEL({signature})'):
         writer.lines(f"""
-            for (int i = threadIdx.x; i < HEAD_DIM; i += {THREADS}) {{
-                norm_weights[0][i] = q_norm[i];
-                norm_weights[1][i] = k_norm[i];
-                if (i < HEAD_DIM / 2) turn[i] = rope[(u64)now * (HEAD_DIM / 2) + i];
-            }}
-            __syncthreads();
+            constexpr int HEAD_DIM = {head_dim}, SPLITS = {splits};
+            constexpr int GROUP = {group};  // query heads that share a key/value head
+            constexpr int ROW_LANES = HEAD_DIM / 8, ROWS = {THREADS} / ROW_LANES;  // lanes of a row; rows at once
+            const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+            const int kv_head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
+            const int now = from_earlier_step(position);
+            const int share = ((now + SPLITS) / SPLITS + ROWS - 1) / ROWS * ROWS;
+            const int per_split = share > {UNROLL} * ROWS ? share : {UNROLL} * ROWS;
+            const int active = now / per_split + 1;  // splits that have positions
+            const int first = split * per_split, last = first + per_split < now + 1 ? first + per_split : now + 1;
+            const u64 head_start = (u64)kv_head * context * HEAD_DIM;
+            __shared__ __align__(16) float queries[GROUP][HEAD_DIM];
         """)
-    writer.line("wait_for_previous_kernel();")
-    if attend:
-        writer.line("if (split >= active) return;")
-    scale = float(node.attr("scale")) * math.log2(math.e) if attend else 1.0  # type: ignore[arg-type]
-    if rotate:
-        _rotate(writer, scale, float(node.attr("eps")))  # type: ignore[arg-type]
-    else:
-        writer.lines(f"""
-            for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {THREADS})
-                queries[i / HEAD_DIM][i % HEAD_DIM] = fresh(q + kv_head * GROUP * HEAD_DIM + i) * {scale:.9g}f;
-        """)
-    writer.line("__syncthreads();")
-    if attend:
-        _attend(writer, rotate, quantized, heads * head_dim)
-    else:
-        writer.lines(f"""
-            for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {THREADS})
-                y[kv_head * GROUP * HEAD_DIM + i] = queries[i / HEAD_DIM][i % HEAD_DIM];
-        """)
-    writer._depth -= 1
-    writer.line("}")
+        if rotate:
+            writer.lines("""
+                __shared__ __align__(16) u16 new_key[HEAD_DIM], new_value[HEAD_DIM];
+                __shared__ float2 turn[HEAD_DIM / 2];  // cosine and sine of this position
+                __shared__ float norm_weights[2][HEAD_DIM];
+            """)
+        if attend:
+            writer.line("extern __shared__ __align__(16) u8 shared_memory[];")
+            writer.line("float* row_sums = (float*)shared_memory;  // [row][query head][HEAD_DIM]")
+            writer.line("// [row][query head]: maximum, sum of weights")
+            writer.line("float2* row_tops = (float2*)(row_sums + ROWS * GROUP * HEAD_DIM);")
+            _prefetch(writer, rotate)
+        writer.line("let_next_kernel_start();")
+        if rotate:
+            writer.lines(f"""
+                for (int i = threadIdx.x; i < HEAD_DIM; i += {THREADS}) {{
+                    norm_weights[0][i] = q_norm[i];
+                    norm_weights[1][i] = k_norm[i];
+                    if (i < HEAD_DIM / 2) turn[i] = rope[(u64)now * (HEAD_DIM / 2) + i];
+                }}
+                __syncthreads();
+            """)
+        scale = float(node.attr("scale")) * math.log2(math.e) if attend else 1.0  # type: ignore[arg-type]
+        writer.line("wait_for_previous_kernel();")
+        if attend:
+            writer.line("if (split >= active) return;")
+        if rotate:
+            _rotate(writer, scale, float(node.attr("eps")))  # type: ignore[arg-type]
+        else:
+            writer.lines(f"""
+                for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {THREADS})
+                    queries[i / HEAD_DIM][i % HEAD_DIM] = fresh(q + kv_head * GROUP * HEAD_DIM + i) * {c_float(scale)};
+            """)
+        writer.line("__syncthreads();")
+        if attend:
+            _attend(writer, rotate, quantized, heads * head_dim)
+        else:
+            writer.lines(f"""
+                for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {THREADS})
+                    y[kv_head * GROUP * HEAD_DIM + i] = queries[i / HEAD_DIM][i % HEAD_DIM];
+            """)
     return Emitted(
         stem=node.op,
         body=writer.text(),
         grid=kv_heads * splits,
         block=THREADS,
         args=tuple(args),
-        bytes_read=0,
+        shared_bytes=rows * group * (head_dim * 4 + 8) if attend else 0,
         cache_bytes_per_position=2 * kv_heads * head_dim * 2 if attend else 0,
         describe=f"{kv_heads} key/value heads x {splits} splits, {group} query heads share each read",
     )
@@ -157,8 +161,10 @@ def _rotate(writer: Writer, scale: float, eps: float) -> None:
 
         // q/k norm and RoPE: one warp a head. The new key and value belong to the block of the last position.
         const bool owner = last == now + 1;
+        #pragma unroll 1
         for (int head = warp; head < GROUP + (owner ? 2 : 0); head += {THREADS // 32}) {{
-            const float* source = head < GROUP ? q + (kv_head * GROUP + head) * HEAD_DIM : (head == GROUP ? k : v) + kv_head * HEAD_DIM;
+            const float* source = (head == GROUP ? k : v) + kv_head * HEAD_DIM;
+            if (head < GROUP) source = q + (kv_head * GROUP + head) * HEAD_DIM;
             constexpr int PAIRS = HEAD_DIM > 64 ? HEAD_DIM / 64 : 1;
             float low[PAIRS], high[PAIRS], squares = 0.0f;
             for_each<PAIRS>([&](auto u) {{
@@ -168,7 +174,7 @@ def _rotate(writer: Writer, scale: float, eps: float) -> None:
                 high[u.index] = inside ? fresh(source + HEAD_DIM / 2 + i) : 0.0f;
                 squares += low[u.index] * low[u.index] + high[u.index] * high[u.index];
             }});
-            float factor = rsqrtf(lanes_sum(squares, 32) * (1.0f / HEAD_DIM) + {eps:.9g}f);
+            float factor = rsqrtf(lanes_sum(squares, 32) * (1.0f / HEAD_DIM) + {c_float(eps)});
             for_each<PAIRS>([&](auto u) {{
                 int i = u.index * 32 + lane;
                 if (i < HEAD_DIM / 2) {{
@@ -180,13 +186,15 @@ def _rotate(writer: Writer, scale: float, eps: float) -> None:
                         b = y2 * turn[i].x + x * turn[i].y;
                     }}
                     if (head < GROUP) {{
-                        queries[head][i] = a * {scale:.9g}f;
-                        queries[head][HEAD_DIM / 2 + i] = b * {scale:.9g}f;
+                        queries[head][i] = a * {c_float(scale)};
+                        queries[head][HEAD_DIM / 2 + i] = b * {c_float(scale)};
                     }} else {{
                         u16* shared = head == GROUP ? new_key : new_value;
                         u16* cache = (head == GROUP ? k_cache : v_cache) + head_start + (u64)now * HEAD_DIM;
-                        cache[i] = shared[i] = float_to_half(a);
-                        cache[HEAD_DIM / 2 + i] = shared[HEAD_DIM / 2 + i] = float_to_half(b);
+                        shared[i] = float_to_half(a);
+                        shared[HEAD_DIM / 2 + i] = float_to_half(b);
+                        cache[i] = shared[i];
+                        cache[HEAD_DIM / 2 + i] = shared[HEAD_DIM / 2 + i];
                     }}
                 }}
             }});
@@ -221,6 +229,7 @@ def _attend(writer: Writer, rotate: bool, quantized: bool, size: int) -> None:
             top[g.index] = -1e30f;
             total[g.index] = 0.0f;
         }});
+        #pragma unroll 1
         for (int base = first; base < last; base += {UNROLL} * ROWS) {{
             if (base > first) fetch(base);
             float scores[{UNROLL}][GROUP];
@@ -258,47 +267,38 @@ def _attend(writer: Writer, rotate: bool, quantized: bool, size: int) -> None:
             }});
         }}
 
-        // Rows of a warp, then warps of the block.
-        __shared__ float warp_top[{THREADS // 32}][GROUP], warp_total[{THREADS // 32}][GROUP];
-        __shared__ __align__(16) float warp_sum[{THREADS // 32}][GROUP][HEAD_DIM];
+        // All rows of the block: each leaves its maximum, sum of weights and weighted values.
         for_each<GROUP>([&](auto g) {{
-            for (int d = ROW_LANES; d < 32; d <<= 1) {{
-                float other = __shfl_xor_sync(FULL_WARP, top[g.index], d), highest = fmaxf(top[g.index], other);
-                float mine = exp2_fast(top[g.index] - highest), theirs = exp2_fast(other - highest);
-                total[g.index] = total[g.index] * mine + __shfl_xor_sync(FULL_WARP, total[g.index], d) * theirs;
-                for_each<8>([&](auto i) {{
-                    sum[g.index][i.index] = sum[g.index][i.index] * mine + __shfl_xor_sync(FULL_WARP, sum[g.index][i.index], d) * theirs;
-                }});
-                top[g.index] = highest;
-            }}
-            if (lane < ROW_LANES) {{
-                for_each<8>([&](auto i) {{ warp_sum[warp][g.index][part * 8 + i.index] = sum[g.index][i.index]; }});
-                if (lane == 0) {{
-                    warp_top[warp][g.index] = top[g.index];
-                    warp_total[warp][g.index] = total[g.index];
-                }}
-            }}
+            for_each<2>([&](auto i) {{
+                const float* four = sum[g.index] + 4 * i.index;
+                float4* mine = (float4*)row_sums + ((row * GROUP + g.index) * HEAD_DIM + part * 8) / 4;
+                mine[i.index] = make_float4(four[0], four[1], four[2], four[3]);
+            }});
+            if (part == 0) row_tops[row * GROUP + g.index] = make_float2(top[g.index], total[g.index]);
         }});
         __syncthreads();
         float* mine = partial + (u64)(kv_head * SPLITS + split) * GROUP * (HEAD_DIM + 2);
+        #pragma unroll 1
         for (int base = 0; base < GROUP * HEAD_DIM; base += {THREADS}) {{
             int o = base + threadIdx.x, g = o / HEAD_DIM, d = o % HEAD_DIM, at = kv_head * GROUP * HEAD_DIM + o;
             bool inside = o < GROUP * HEAD_DIM;
             float highest = -1e30f, weights = 0.0f, value = 0.0f;
             if (inside) {{
-                for (int w = 0; w < {THREADS // 32}; w++) highest = fmaxf(highest, warp_top[w][g]);
-                for (int w = 0; w < {THREADS // 32}; w++) {{
-                    float share_of_warp = exp2_fast(warp_top[w][g] - highest);
-                    weights += share_of_warp * warp_total[w][g];
-                    value += share_of_warp * warp_sum[w][g][d];
+                #pragma unroll 4
+                for (int r = 0; r < ROWS; r++) highest = fmaxf(highest, row_tops[r * GROUP + g].x);
+                #pragma unroll 4
+                for (int r = 0; r < ROWS; r++) {{
+                    float2 theirs = row_tops[r * GROUP + g];
+                    float share_of_row = exp2_fast(theirs.x - highest);
+                    weights += share_of_row * theirs.y;
+                    value += share_of_row * row_sums[(r * GROUP + g) * HEAD_DIM + d];
                 }}
             }}
             if (active == 1) {{
-                value = inside ? value / weights : 0.0f;
+                value = inside ? divide(value, weights) : 0.0f;
     """)
-    writer._depth += 2
-    _store(writer, quantized, size)
-    writer._depth -= 2
+    with writer.indented(), writer.indented():
+        _store(writer, quantized, size)
     writer.lines(f"""
             }} else if (inside) {{
                 mine[g * (HEAD_DIM + 2) + d] = value;
@@ -320,26 +320,27 @@ def _attend(writer: Writer, rotate: bool, quantized: bool, size: int) -> None:
         __threadfence();
         if (threadIdx.x == 0) arrived[kv_head] = 0u;
         const float* all = partial + (u64)kv_head * SPLITS * GROUP * (HEAD_DIM + 2);
+        #pragma unroll 1
         for (int base = 0; base < GROUP * HEAD_DIM; base += {THREADS}) {{
             int o = base + threadIdx.x, g = o / HEAD_DIM, d = o % HEAD_DIM, at = kv_head * GROUP * HEAD_DIM + o;
             bool inside = o < GROUP * HEAD_DIM;
             float highest = -1e30f, weights = 0.0f, value = 0.0f;
             if (inside) {{
-                #pragma unroll 8
-                for (int s = 0; s < active; s++) highest = fmaxf(highest, fresh(all + (s * GROUP + g) * (HEAD_DIM + 2) + HEAD_DIM));
-                #pragma unroll 8
+                #pragma unroll 4
+                for (int s = 0; s < active; s++)
+                    highest = fmaxf(highest, fresh(all + (s * GROUP + g) * (HEAD_DIM + 2) + HEAD_DIM));
+                #pragma unroll 4
                 for (int s = 0; s < active; s++) {{
                     const float* theirs = all + (s * GROUP + g) * (HEAD_DIM + 2);
                     float share_of_split = exp2_fast(fresh(theirs + HEAD_DIM) - highest);
                     weights += share_of_split * fresh(theirs + HEAD_DIM + 1);
                     value += share_of_split * fresh(theirs + d);
                 }}
-                value /= weights;
+                value = divide(value, weights);
             }}
     """)
-    writer._depth += 1
-    _store(writer, quantized, size)
-    writer._depth -= 1
+    with writer.indented():
+        _store(writer, quantized, size)
     writer.line("}")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ..ir.graph import Node, Value
 from .emission import Context, Emitted
 from .weight_types import WEIGHT_TYPES, padded_columns, superblocks
-from .writer import Writer
+from .writer import Writer, c_float
 
 THREADS = 256
 ONE_BLOCK = 1024
@@ -125,7 +125,8 @@ def emit_rms_norm(node: Node, ctx: Context) -> Emitted:
     with kernel.writer.block(f"for (int base = 0; base < {width}; base += {THREADS})"):
         kernel.writer.lines(f"""
             int i = base + threadIdx.x, at = blockIdx.x * {width} + i;
-            float value = i < {width} ? fresh(row + i) * rsqrtf(squares * {1.0 / width:.9g}f + {eps:.9g}f) * weight[i] : 0.0f;
+            float factor = rsqrtf(squares * {c_float(1.0 / width)} + {c_float(eps)});
+            float value = i < {width} ? fresh(row + i) * factor * weight[i] : 0.0f;
         """)
         if quantized:
             kernel.store("y", "value", width, True)
@@ -212,8 +213,10 @@ def emit_cache_append(node: Node, ctx: Context) -> Emitted:
     kernel.start()
     kernel.writer.lines(f"""
         int at = blockIdx.x * {THREADS} + threadIdx.x;
-        if (at < {kv_heads * head_dim})
-            cache[((u64)(at / {head_dim}) * context + from_earlier_step(position)) * {head_dim} + at % {head_dim}] = float_to_half(fresh(row + at));
+        if (at < {kv_heads * head_dim}) {{
+            u64 line = (u64)(at / {head_dim}) * context + from_earlier_step(position);
+            cache[line * {head_dim} + at % {head_dim}] = float_to_half(fresh(row + at));
+        }}
     """)
     return kernel.done(-(-kv_heads * head_dim // THREADS))
 

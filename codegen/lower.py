@@ -116,9 +116,7 @@ class _Lowering:
             last[root.get(value.name, value.name)] = len(self.graph.nodes)
         return last
 
-    def _allocate(
-        self, name: str, dtype: str, shape: tuple[int, ...], layout: str, nbytes: int, zeroed: bool
-    ) -> str:
+    def _allocate(self, name: str, dtype: str, shape: tuple[int, ...], layout: str, nbytes: int, zeroed: bool) -> str:
         """A free buffer of the same kind and shape (so that padding stays zero), or a new one."""
         key = (dtype, shape, layout)
         spare = self.free.get(key)
@@ -244,7 +242,7 @@ def _name_kernels(emitted: list[tuple[Node, Emitted]]) -> tuple[tuple[Kernel, ..
 
 
 def _comment(name: str, node: Node, item: Emitted, count: int) -> str:
-    lines = [f"{name}: {item.grid} blocks of {item.block} threads, {item.shared_bytes:,} bytes of dynamic shared memory"]
+    lines = [f"{name}: {item.grid} blocks of {item.block} threads, {item.shared_bytes:,} bytes of shared memory"]
     if item.describe:
         lines.append(item.describe)
     lines.append("Implements, from " + (", ".join(map(str, node.origin)) or "a pass") + ":")

@@ -47,7 +47,9 @@ def _padded_blocks(raw: np.ndarray, dtype: str, rows: int, columns: int) -> np.n
     """uint8[tile, 16, superblock, bytes of 256 columns], zero where the matrix ends."""
     row = WEIGHT_TYPES[dtype]
     per_superblock = SUPERBLOCK_COLUMNS // row.block_columns
-    blocks = np.zeros((tiles(rows) * TILE_ROWS, padded_columns(columns) // row.block_columns, row.block_bytes), np.uint8)
+    blocks = np.zeros(
+        (tiles(rows) * TILE_ROWS, padded_columns(columns) // row.block_columns, row.block_bytes), np.uint8
+    )
     blocks[:rows, : columns // row.block_columns] = raw.reshape(rows, -1, row.block_bytes)
     return blocks.reshape(tiles(rows), TILE_ROWS, superblocks(columns), per_superblock * row.block_bytes)
 
@@ -103,13 +105,57 @@ def _q4_bytes(quants: np.ndarray) -> np.ndarray:
     return ((part[..., 0, :] & 15) | ((part[..., 1, :] & 15) << 4)).reshape(*quants.shape[:-1], 128)
 
 
+def _six_bits(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """12 bytes -> 8 scales and 8 minima (ggml, get_scale_min_k4)."""
+    a, b, c = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([a & 63, (c & 15) | (a >> 6 << 4)], axis=-1)
+    minima = np.concatenate([b & 63, (c >> 4) | (b >> 6 << 4)], axis=-1)
+    return scales, minima
+
+
+def _from_six_bits(scales: np.ndarray, minima: np.ndarray) -> np.ndarray:
+    a = scales[..., :4] | (scales[..., 4:] >> 4 << 6)
+    b = minima[..., :4] | (minima[..., 4:] >> 4 << 6)
+    c = (scales[..., 4:] & 15) | (minima[..., 4:] << 4)
+    return np.concatenate([a, b, c], axis=-1)
+
+
+def _scale_planes(header: np.ndarray) -> np.ndarray:
+    """16 bytes a row -> the 256 bytes that the device's `SixBit` reads."""
+    t, _, s, _ = header.shape
+    scales, minima = _six_bits(header[..., 4:])
+
+    def split(values: np.ndarray) -> np.ndarray:  # tile, superblock, row half, half, g, c
+        return values.reshape(t, 2, 8, s, 4, 2).transpose(0, 3, 1, 5, 2, 4)
+
+    scale, minimum = split(scales), split(minima)
+    planes = [_flat(scale[:, :, row] | (minimum[:, :, row] >> 4 << 6)) for row in (0, 1)]
+    planes.append(_flat((minimum[:, :, 0] & 15) | (minimum[:, :, 1] << 4)))
+    d = header[..., :4].reshape(t, 2, 8, s, 4).transpose(0, 3, 2, 1, 4)
+    return np.concatenate([*planes, _flat(d)], axis=-1)
+
+
+def _headers(planes: np.ndarray) -> np.ndarray:
+    """The inverse of `_scale_planes`."""
+    t, s = planes.shape[:2]
+    a, b, c = (planes[..., at : at + 64].reshape(t, s, 2, 8, 4) for at in (0, 64, 128))
+    scale = np.stack([a & 63, b & 63], axis=2)  # tile, superblock, row half, half, g, c
+    minimum = np.stack([(c & 15) | (a >> 6 << 4), (c >> 4) | (b >> 6 << 4)], axis=2)
+
+    def join(values: np.ndarray) -> np.ndarray:
+        return values.transpose(0, 2, 4, 1, 5, 3).reshape(t, 16, s, 8)
+
+    d = planes[..., 192:].reshape(t, s, 8, 2, 4).transpose(0, 3, 2, 1, 4).reshape(t, 16, s, 4)
+    return np.concatenate([d, _from_six_bits(join(scale), join(minimum))], axis=-1)
+
+
 def _split_q4_k(blocks: np.ndarray) -> list[np.ndarray]:
-    return [_nibble_plane(_q4_quants(blocks[..., 16:144])), _rows_last(blocks[..., :16])]
+    return [_nibble_plane(_q4_quants(blocks[..., 16:144])), _scale_planes(blocks[..., :16])]
 
 
 def _join_q4_k(packed: np.ndarray) -> np.ndarray:
     quants = _q4_bytes(_nibbles(packed[..., :2048]))
-    return np.concatenate([_rows_first(packed[..., 2048:], 16), quants], axis=-1)
+    return np.concatenate([_headers(packed[..., 2048:]), quants], axis=-1)
 
 
 def _split_q5_k(blocks: np.ndarray) -> list[np.ndarray]:
@@ -118,7 +164,7 @@ def _split_q5_k(blocks: np.ndarray) -> list[np.ndarray]:
     fifth = _by_lane(bits.swapaxes(-1, -2).reshape(*quants.shape))
     shifts = (2 * np.arange(4)[:, None, None] + np.arange(2)[:, None]).astype(np.uint8)  # j, half, 1
     plane = np.bitwise_or.reduce(np.bitwise_or.reduce(fifth << shifts, axis=-2), axis=-2)
-    return [_nibble_plane(quants), _flat(plane), _rows_last(blocks[..., :16])]
+    return [_nibble_plane(quants), _flat(plane), _scale_planes(blocks[..., :16])]
 
 
 def _join_q5_k(packed: np.ndarray) -> np.ndarray:
@@ -128,7 +174,7 @@ def _join_q5_k(packed: np.ndarray) -> np.ndarray:
     shifts = (2 * np.arange(4)[:, None, None] + np.arange(2)[:, None]).astype(np.uint8)
     fifth = _from_lanes((plane >> shifts) & 1).reshape(t, 16, s, 8, 32).swapaxes(-1, -2)
     high = np.packbits(fifth, axis=-1, bitorder="little")[..., 0]
-    return np.concatenate([_rows_first(packed[..., 2560:], 16), high, quants], axis=-1)
+    return np.concatenate([_headers(packed[..., 2560:]), high, quants], axis=-1)
 
 
 def _split_q6_k(blocks: np.ndarray) -> list[np.ndarray]:
@@ -136,10 +182,10 @@ def _split_q6_k(blocks: np.ndarray) -> list[np.ndarray]:
     low = np.concatenate([low & 15, low >> 4], axis=-2).reshape(*blocks.shape[:-1], 256)
     high = blocks[..., 128:192].reshape(*blocks.shape[:-1], 2, 1, 32)
     high = ((high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3).reshape(*blocks.shape[:-1], 256)
-    lanes = _by_lane(high)
-    shifts = (4 * (np.arange(4)[:, None, None] & 1) + 2 * np.arange(2)[:, None]).astype(np.uint8)
-    moved = np.bitwise_or.reduce(lanes << shifts, axis=-2)  # [.., c, g, t, j, i]
-    plane = moved[..., 0::2, :] | moved[..., 1::2, :]
+    lanes = _by_lane(high)  # tile, superblock, c, g, t, j, row half, i
+    shifts = 2 * np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1, 1, 1)
+    words = np.bitwise_or.reduce(lanes << shifts, axis=2)  # tile, superblock, g, t, j, row half, i
+    plane = words.reshape(*words.shape[:4], 2, 2, 2, 4).transpose(0, 1, 4, 2, 3, 5, 6, 7)
     t, _, s, _ = blocks.shape
     scales = blocks[..., 192:208].reshape(t, 2, 8, s, 4, 4)  # tile, half, g, superblock, c, group
     scales = scales.transpose(0, 3, 2, 5, 1, 4)  # tile, superblock, g, group, half, c
@@ -150,9 +196,10 @@ def _join_q6_k(packed: np.ndarray) -> np.ndarray:
     t, s = packed.shape[:2]
     low = _nibbles(packed[..., :2048]).reshape(t, 16, s, 2, 2, 64)
     low = ((low[..., 0, :] & 15) | (low[..., 1, :] << 4)).reshape(t, 16, s, 128)
-    plane = np.repeat(packed[..., 2048:3072].reshape(t, s, 4, 8, 4, 2, 1, 4), 2, axis=5)
-    shifts = (4 * (np.arange(4)[:, None, None] & 1) + 2 * np.arange(2)[:, None]).astype(np.uint8)
-    high = _from_lanes((plane >> shifts) & 3).reshape(t, 16, s, 2, 4, 32)
+    plane = packed[..., 2048:3072].reshape(t, s, 2, 8, 4, 2, 2, 4).transpose(0, 1, 3, 4, 2, 5, 6, 7)
+    shifts = 2 * np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1, 1, 1)
+    lanes = (plane.reshape(t, s, 1, 8, 4, 4, 2, 4) >> shifts) & 3
+    high = _from_lanes(lanes).reshape(t, 16, s, 2, 4, 32)
     high = np.bitwise_or.reduce(high << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=-2).reshape(t, 16, s, 64)
     scales = packed[..., 3072:3328].reshape(t, s, 8, 4, 2, 4).transpose(0, 4, 2, 1, 5, 3).reshape(t, 16, s, 16)
     return np.concatenate([low, high, scales, _rows_first(packed[..., 3328:], 2)], axis=-1)
@@ -176,7 +223,7 @@ def _join_q8_0(packed: np.ndarray) -> np.ndarray:
 
 
 def _split_float(blocks: np.ndarray) -> list[np.ndarray]:
-    t, _, s, width = blocks.shape
+    width = blocks.shape[-1]
     values = blocks.view({512: np.uint16, 1024: np.uint32}[width])
     return [_flat(_by_lane(values).transpose(0, 1, 2, 5, 3, 4, 6, 7))]  # tile, superblock, c, j, g, t, half, i
 

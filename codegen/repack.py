@@ -15,7 +15,7 @@ def repack_kernel(dtype: str) -> Kernel:
     name = f"repack_{dtype}"
     text = (
         f'#include "{HEADER_NAME}"\n'
-        f"// {name}: the bytes of a {dtype} matrix as the file has them -> tiles; {REPACK_THREADS} threads, a block a superblock\n"
+        f"// {name}: a {dtype} matrix as the file has it -> tiles; {REPACK_THREADS} threads, a block a superblock\n"
         + repack_header()
         + f'\nextern "C" __global__ void __launch_bounds__({REPACK_THREADS}) {name}'
         + "(const u8* file, u8* tiles, int rows, int columns) {\n"

@@ -23,7 +23,7 @@ class Target:
     shared_bytes: int
     programmatic: bool
 
-    def with_sm_count(self, sm_count: int) -> "Target":
+    def with_sm_count(self, sm_count: int) -> Target:
         return Target(self.arch, sm_count, self.shared_bytes, self.programmatic)
 
 

@@ -25,11 +25,24 @@ class Writer:
 
     @contextmanager
     def block(self, head: str, tail: str = "}") -> Iterator[None]:
-        self.line(head + " {")
+        self.line(f"{head} {{".lstrip())
         self._depth += 1
         yield
         self._depth -= 1
         self.line(tail)
 
+    @contextmanager
+    def indented(self) -> Iterator[None]:
+        """Lines one level deeper, without braces."""
+        self._depth += 1
+        yield
+        self._depth -= 1
+
     def text(self) -> str:
         return "\n".join(self._lines) + "\n"
+
+
+def c_float(value: float) -> str:
+    """A float literal of C that reads back as the same float32."""
+    text = f"{value:.9g}"
+    return text + ("f" if "." in text or "e" in text else ".0f")

@@ -46,7 +46,7 @@ class Model:
         info = self.file.tensors[name]
         return info.offset, info.nbytes
 
-    def __enter__(self) -> "Model":
+    def __enter__(self) -> Model:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,6 +8,7 @@ it learns tokens in chunks, copied behind the step that made them.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -235,7 +236,8 @@ class Engine:
         self._check()
         if self.position + len(ids) > self.context:
             raise UsageError(
-                f"{len(ids)} tokens from position {self.position} exceed the context of {self.context}; give a larger --ctx"
+                f"{len(ids)} tokens from position {self.position} exceed the context of {self.context}; "
+                "give a larger --ctx"
             )
         self.synchronize()  # the page-locked ids of an earlier feed may still be in use
         view = np.frombuffer(self._ids.view, dtype=np.int32)
@@ -344,10 +346,7 @@ class Engine:
             self.driver.call("cuEventRecord", event, self._stream)
         self.synchronize()
         return np.array(
-            [
-                float(self.driver.call("cuEventElapsedTime", a, b)) * 1e3
-                for a, b in zip(events, events[1:], strict=False)
-            ]
+            [float(self.driver.call("cuEventElapsedTime", a, b)) * 1e3 for a, b in itertools.pairwise(events)]
         )
 
     # --- ending ---
@@ -374,7 +373,7 @@ class Engine:
         self._executable = self._graph = self._stream = None
         self._events, self._host, self._modules, self._arena = [], [], [], 0
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *_: object) -> None:

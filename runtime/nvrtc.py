@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from ..ir.errors import CompileError, DeviceError
 
-OPTIONS = ("--std=c++17", "--device-as-default-execution-space", "--fmad=true", "--ptxas-options=-v", "--ptxas-options=--warn-on-spills")
+OPTIONS = (
+    "--std=c++17",
+    "--device-as-default-execution-space",  # NVRTC 13.0 takes a lambda inside a kernel for host code otherwise
+    "--fmad=true",
+    "--ptxas-options=-v",
+)
 
 
 @dataclass(frozen=True)
@@ -69,15 +75,16 @@ def parse_resources(log: str) -> KernelResources:
     )
 
 
-def _bindings():  # type: ignore[no-untyped-def]
+def _bindings() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise DeviceError(f"NVRTC's bindings cannot be imported ({error}); pip install cuda-bindings nvidia-cuda-nvrtc") from error
+        advice = "pip install cuda-bindings nvidia-cuda-nvrtc"
+        raise DeviceError(f"NVRTC's bindings cannot be imported ({error}); {advice}") from error
     return nvrtc
 
 
-def _text(nvrtc, program) -> str:  # type: ignore[no-untyped-def]
+def _text(nvrtc: Any, program: Any) -> str:
     error, size = nvrtc.nvrtcGetProgramLogSize(program)
     _check(nvrtc, error, "nvrtcGetProgramLogSize")
     text = bytearray(size)
@@ -86,6 +93,6 @@ def _text(nvrtc, program) -> str:  # type: ignore[no-untyped-def]
     return bytes(text).rstrip(b"\0").decode(errors="replace")
 
 
-def _check(nvrtc, error, call: str) -> None:  # type: ignore[no-untyped-def]
+def _check(nvrtc: Any, error: Any, call: str) -> None:
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise CompileError(f"{call} failed: {error.name}")

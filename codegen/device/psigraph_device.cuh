@@ -28,6 +28,7 @@ DEVICE float exp2_fast(float x) { return host::exp2(x); }
 DEVICE float bits_to_float(u32 bits) { return host::bit_cast<float>(bits); }
 DEVICE u32 float_to_bits(float value) { return host::bit_cast<u32>(value); }
 DEVICE int round_to_int(float value) { return host::round_to_int(value); }
+DEVICE float divide(float a, float b) { return a / b; }
 #else
 DEVICE float half_to_float(u16 bits) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits)); return f; }
 DEVICE u16 float_to_half(float value) { u16 h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(value)); return h; }
@@ -35,6 +36,8 @@ DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=
 DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 float_to_bits(float value) { return __float_as_uint(value); }
 DEVICE int round_to_int(float value) { return __float2int_rn(value); }
+// Within 2 units in the last place over the whole range, without the slow path of a correctly rounded division.
+DEVICE float divide(float a, float b) { float q; asm("div.full.f32 %0, %1, %2;" : "=f"(q) : "f"(a), "f"(b)); return q; }
 #endif
 
 DEVICE float bfloat_to_float(u16 bits) { return bits_to_float((u32)bits << 16); }
@@ -44,9 +47,10 @@ DEVICE void halves_of(uint4 eight, float out[8]) {
     out[0] = a.x; out[1] = a.y; out[2] = b.x; out[3] = b.y;
     out[4] = c.x; out[5] = c.y; out[6] = d.x; out[7] = d.y;
 }
-DEVICE float byte_to_float(u32 word, int index) { return (float)((word >> (8 * index)) & 0xffu); }
+DEVICE u32 byte_of_word(u32 word, int index) { return (word >> (8 * index)) & 0xffu; }
+DEVICE float byte_to_float(u32 word, int index) { return (float)byte_of_word(word, index); }
 DEVICE float signed_byte_to_float(u32 word, int index) { return (float)(s8)(word >> (8 * index)); }
-DEVICE float silu(float x) { return x / (1.0f + exp2_fast(-1.4426950408889634f * x)); }
+DEVICE float silu(float x) { return divide(x, 1.0f + exp2_fast(-1.4426950408889634f * x)); }
 
 // ---------------------------------------------------------------------------------------------------------
 // Order between kernels: programmatic launch (sm_90 and later; elsewhere plain edges order the step).
@@ -119,11 +123,11 @@ template <int COUNT, class BODY> DEVICE void for_each(BODY&& body) { for_range<0
 
 #ifdef PSIGRAPH_HOST
 template <int DEPTH> struct Ring {
-    DEVICE void open(u64*, int) { host::warp_barrier(); }
-    DEVICE void issue(u64*, int, u8* target, const u8* source, int bytes, int lane) {
-        if (lane == 0 && bytes) host::bulk_copy(target, source, bytes);
+    DEVICE void open(u64* barriers, int lane) { host::bulk_open(barriers, lane, DEPTH); }
+    DEVICE void issue(u64* barriers, int stage, u8* target, const u8* source, int bytes, int lane) {
+        if (lane == 0 && bytes) host::bulk_issue(barriers + stage, target, source, bytes);
     }
-    DEVICE void wait(u64*, int, int, int) { host::warp_barrier(); }
+    DEVICE void wait(u64* barriers, int stage, int turn, int) { host::bulk_wait(barriers + stage, turn); }
     DEVICE void release() { host::warp_barrier(); }
 };
 #elif __CUDA_ARCH__ >= 900
@@ -187,24 +191,25 @@ template <int DEPTH> struct Ring {
 #ifdef PSIGRAPH_HOST
 DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) { host::dot_chunk(sums, weights, digits, lane); }
 #else
-DEVICE void dot_group(int sums[4], u32 row_low, u32 row_high, u32 digits) {
-    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+DEVICE void dot_groups(int sums[4], const u32* weights, u32 first_digits, u32 second_digits) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-        : "r"(row_low), "r"(row_high), "r"(digits));
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(first_digits), "r"(second_digits));
 }
 DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) {
     int mine = lane >> 3;
-#pragma unroll
-    for (int group = 0; group < 4; group++) dot_group(sums, weights[2 * group], weights[2 * group + 1], mine == group ? digits : 0u);
+    dot_groups(sums, weights, mine == 0 ? digits : 0u, mine == 1 ? digits : 0u);
+    dot_groups(sums, weights + 4, mine == 2 ? digits : 0u, mine == 3 ? digits : 0u);
 }
 #endif
 
-// The activations of one warp's slice of columns, held in registers.
-// factor[c] = (scale, scale * sum of the group's integers) of group t in chunk c.
+// The activations of one warp's slice of columns, held in registers, as lane (g, t) needs them.
+// Of group t in chunk c: digits, scale, and bias = scale * the group's integers summed.
+// minimum_bias[2 s + k]: bias of the 32 columns that a 6-bit minimum covers, half t / 2 of chunk 2 (t % 2) + k.
 template <int SUPERBLOCKS> struct Digits {
     u32 digits[4 * SUPERBLOCKS];
-    float2 factor[4 * SUPERBLOCKS];
-    // vector: digits of all groups, 32 bytes each; factors: one float2 a group; first: the slice's first superblock.
+    float scale[4 * SUPERBLOCKS], bias[4 * SUPERBLOCKS], minimum_bias[2 * SUPERBLOCKS];
+    // vector: digits of all groups, 32 bytes each; factors: (scale, bias) of each group; first: the slice's first superblock.
     // Superblocks at `count` and after are zero.
     METHOD void load(const u8* vector, const float2* factors, int first, int count, int lane) {
 #pragma unroll
@@ -212,7 +217,20 @@ template <int SUPERBLOCKS> struct Digits {
             bool inside = c < 4 * count;
             int chunk = first * 4 + c;
             digits[c] = inside ? fresh((const u32*)vector + chunk * 32 + lane) : 0u;
-            factor[c] = inside ? fresh(factors + chunk * 4 + (lane & 3)) : make_float2(0.0f, 0.0f);
+            float2 factor = inside ? fresh(factors + chunk * 4 + (lane & 3)) : make_float2(0.0f, 0.0f);
+            scale[c] = factor.x;
+            bias[c] = factor.y;
+        }
+    }
+    // Only Q4_K and Q5_K need it.
+    METHOD void find_minimum_bias(int lane) {
+#pragma unroll
+        for (int s = 0; s < SUPERBLOCKS; s++) {
+            float of_half[4];
+#pragma unroll
+            for (int c = 0; c < 4; c++) of_half[c] = bias[4 * s + c] + __shfl_xor_sync(FULL_WARP, bias[4 * s + c], 1);
+            minimum_bias[2 * s] = (lane & 1) ? of_half[2] : of_half[0];
+            minimum_bias[2 * s + 1] = (lane & 1) ? of_half[3] : of_half[1];
         }
     }
 };
@@ -222,140 +240,148 @@ struct Floats {
     const float* values;
 };
 
-DEVICE float integer_sum(const int* sums) { return (float)(254 * sums[0] + sums[1]); }
+DEVICE int integer_sum(const int* sums) { return 254 * sums[0] + sums[1]; }
 
 // Low nibbles: a chunk is 32 lanes x 16 bytes; word j holds rows g (low nibbles) and g + 8 (high nibbles).
-DEVICE void unpack_nibbles(u32 weights[8], uint4 packed) {
-    const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        weights[2 * j] = words[j] & 0x0f0f0f0fu;
-        weights[2 * j + 1] = (words[j] >> 4) & 0x0f0f0f0fu;
-    }
-}
 DEVICE int nibble_at(const u8* plane, int row, int column) {
     int lane = (row & 7) * 4 + ((column >> 2) & 3);
     int byte = plane[((column >> 6) * 32 + lane) * 16 + ((column >> 4) & 3) * 4 + (column & 3)];
     return row < 8 ? byte & 15 : byte >> 4;
 }
-
-// The 6-bit scales and minima of Q4_K and Q5_K for one row, as the file packs them (ggml, get_scale_min_k4):
-// header = {d and dmin as halves, 12 bytes}. Results: bytes 0 and 2 of `low` serve chunks 0 and 1, of `high`
-// chunks 2 and 3, for the half of a chunk (32 columns) that `half` names.
-struct SixBit {
-    u32 low_scale, low_minimum, high_scale, high_minimum;
-    float d, dmin;
-    METHOD void unpack(uint4 header, int half) {
-        int shift = half * 8;
-        low_scale = (header.y & 0x3f3f3f3fu) >> shift;
-        low_minimum = (header.z & 0x3f3f3f3fu) >> shift;
-        high_scale = ((header.w & 0x0f0f0f0fu) | ((header.y >> 2) & 0x30303030u)) >> shift;
-        high_minimum = (((header.w >> 4) & 0x0f0f0f0fu) | ((header.z >> 2) & 0x30303030u)) >> shift;
-        float2 both = halves_to_floats(header.x);
-        d = both.x;
-        dmin = both.y;
+// weights[2 j]: row g; weights[2 j + 1]: 16 times row g + 8, which saves the shift.
+DEVICE void spread_nibbles(u32 weights[8], uint4 packed) {
+    const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        weights[2 * j] = words[j] & 0x0f0f0f0fu;
+        weights[2 * j + 1] = words[j] & 0xf0f0f0f0u;
     }
-    METHOD float scale(int chunk) const { return byte_to_float(chunk < 2 ? low_scale : high_scale, 2 * (chunk & 1)); }
-    METHOD float minimum(int chunk) const { return byte_to_float(chunk < 2 ? low_minimum : high_minimum, 2 * (chunk & 1)); }
+}
+
+// The 6-bit scales and minima of Q4_K and Q5_K, 256 bytes: three planes of 16 words and 8 pairs of (d, dmin).
+// Word 8 h + g serves rows g and g + 8; its byte c serves columns 64 c + 32 h .. + 31:
+//   plane 0: scale of row g, and bits 4 and 5 of its minimum above it; plane 1: the same for row g + 8;
+//   plane 2: low 4 bits of the minima of rows g and g + 8.
+struct SixBit {
+    u32 low_scales, high_scales, low_minima, high_minima;  // one byte a chunk
+    float2 low_d, high_d;                                  // (d, dmin)
+    METHOD void load(const u8* header, int g, int half) {
+        const u32* planes = (const u32*)header + half * 8 + g;
+        u32 a = planes[0], b = planes[16], c = planes[32];
+        low_scales = a & 0x3f3f3f3fu;
+        high_scales = b & 0x3f3f3f3fu;
+        low_minima = (c & 0x0f0f0f0fu) | ((a >> 2) & 0x30303030u);
+        high_minima = ((c >> 4) & 0x0f0f0f0fu) | ((b >> 2) & 0x30303030u);
+        uint2 d = ((const uint2*)(header + 192))[g];
+        low_d = halves_to_floats(d.x);
+        high_d = halves_to_floats(d.y);
+    }
 };
 
-// What Q4_K and Q5_K share: value = d * scale * quant - dmin * minimum.
+// What Q4_K and Q5_K share: value = d * scale * quant - dmin * minimum. QUANTS::HIGH: what its high rows are multiplied with.
 template <class QUANTS, int SUPERBLOCKS>
-DEVICE void dot_with_minimum(const u8* superblock, const uint4* headers, const Digits<SUPERBLOCKS>& x, int s, int lane, float& low_row, float& high_row) {
-    SixBit low, high;
-    low.unpack(headers[lane >> 2], (lane >> 1) & 1);
-    high.unpack(headers[(lane >> 2) + 8], (lane >> 1) & 1);
-    float low_products = 0.0f, low_minima = 0.0f, high_products = 0.0f, high_minima = 0.0f;
+DEVICE void dot_with_minimum(const u8* superblock, const u8* header, const Digits<SUPERBLOCKS>& x, int s, int lane, float& low_row, float& high_row) {
+    SixBit six;
+    six.load(header, lane >> 2, (lane >> 1) & 1);
+    float low = 0.0f, high = 0.0f;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
         u32 weights[8];
         QUANTS::unpack(weights, superblock, c, lane);
         int sums[4] = {0, 0, 0, 0};
         dot_chunk(sums, weights, x.digits[4 * s + c], lane);
-        float2 factor = x.factor[4 * s + c];
-        low_products += low.scale(c) * (factor.x * integer_sum(sums));
-        low_minima += low.minimum(c) * factor.y;
-        high_products += high.scale(c) * (factor.x * integer_sum(sums + 2));
-        high_minima += high.minimum(c) * factor.y;
+        low += x.scale[4 * s + c] * (float)((int)byte_of_word(six.low_scales, c) * integer_sum(sums));
+        high += x.scale[4 * s + c] * byte_to_float(six.high_scales, c) * (float)integer_sum(sums + 2);
     }
-    low_row += low.d * low_products - low.dmin * low_minima;
-    high_row += high.d * high_products - high.dmin * high_minima;
+    u32 low_minima = six.low_minima >> ((lane & 1) * 16), high_minima = six.high_minima >> ((lane & 1) * 16);
+    float first = x.minimum_bias[2 * s], second = x.minimum_bias[2 * s + 1];
+    low_row += six.low_d.x * low - six.low_d.y * (byte_to_float(low_minima, 0) * first + byte_to_float(low_minima, 1) * second);
+    high_row += six.high_d.x * (1.0f / QUANTS::HIGH) * high - six.high_d.y * (byte_to_float(high_minima, 0) * first + byte_to_float(high_minima, 1) * second);
 }
-DEVICE float value_with_minimum(const uint4* headers, int quant, int row, int column) {
+DEVICE float value_with_minimum(const u8* header, int quant, int row, int column) {
     SixBit six;
-    six.unpack(headers[row], (column >> 5) & 1);
+    six.load(header, row & 7, (column >> 5) & 1);
+    float2 d = row < 8 ? six.low_d : six.high_d;
     int chunk = column >> 6;
-    return six.d * six.scale(chunk) * (float)quant - six.dmin * six.minimum(chunk);
+    float scale = byte_to_float(row < 8 ? six.low_scales : six.high_scales, chunk);
+    return d.x * scale * (float)quant - d.y * byte_to_float(row < 8 ? six.low_minima : six.high_minima, chunk);
 }
 
-// Q4_K: 4 chunks of nibbles (2,048 bytes), 16 headers of 16 bytes.
+// Q4_K: 4 chunks of nibbles (2,048 bytes), then scales and minima.
 struct Q4K {
-    static constexpr int BYTES = 2304;
-    DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) { unpack_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]); }
+    static constexpr int BYTES = 2304, HIGH = 16;
+    static constexpr bool MINIMUM = true;
+    DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) { spread_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]); }
     template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
-        dot_with_minimum<Q4K>(superblock, (const uint4*)(superblock + 2048), x, s, lane, low_row, high_row);
+        dot_with_minimum<Q4K>(superblock, superblock + 2048, x, s, lane, low_row, high_row);
     }
     DEVICE float element(const u8* superblock, int row, int column) {
-        return value_with_minimum((const uint4*)(superblock + 2048), nibble_at(superblock, row, column), row, column);
+        return value_with_minimum(superblock + 2048, nibble_at(superblock, row, column), row, column);
     }
 };
 
-// Q5_K: nibbles, then 4 chunks of fifth bits (32 lanes x 4 bytes; bit 2 j + (row >= 8) of a byte), then headers.
+// Q5_K: nibbles, then 4 chunks of fifth bits (32 lanes x 4 bytes; bit 2 j + (row >= 8) of a byte), then scales and minima.
 struct Q5K {
-    static constexpr int BYTES = 2816;
+    static constexpr int BYTES = 2816, HIGH = 1;
+    static constexpr bool MINIMUM = true;
     DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) {
-        unpack_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]);
+        uint4 packed = ((const uint4*)superblock)[chunk * 32 + lane];
+        const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
         u32 bits = ((const u32*)(superblock + 2048))[chunk * 32 + lane];
 #pragma unroll
-        for (int i = 0; i < 8; i++) weights[i] |= ((i < 4 ? bits << (4 - i) : bits >> (i - 4)) & 0x10101010u);
+        for (int i = 0; i < 8; i++) {
+            u32 nibbles = (i & 1) ? words[i >> 1] >> 4 : words[i >> 1];
+            weights[i] = (nibbles & 0x0f0f0f0fu) | ((i < 4 ? bits << (4 - i) : bits >> (i - 4)) & 0x10101010u);
+        }
     }
     template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
-        dot_with_minimum<Q5K>(superblock, (const uint4*)(superblock + 2560), x, s, lane, low_row, high_row);
+        dot_with_minimum<Q5K>(superblock, superblock + 2560, x, s, lane, low_row, high_row);
     }
     DEVICE float element(const u8* superblock, int row, int column) {
         int lane = (row & 7) * 4 + ((column >> 2) & 3);
         int byte = superblock[2048 + ((column >> 6) * 32 + lane) * 4 + (column & 3)];
         int fifth = (byte >> (((column >> 4) & 3) * 2 + (row >= 8))) & 1;
-        return value_with_minimum((const uint4*)(superblock + 2560), nibble_at(superblock, row, column) + 16 * fifth, row, column);
+        return value_with_minimum(superblock + 2560, nibble_at(superblock, row, column) + 16 * fifth, row, column);
     }
 };
 
-// Q6_K: nibbles, then 4 chunks of bits 4 and 5 (32 lanes x 8 bytes; word j / 2, bits 4 (j % 2) + 2 (row >= 8)),
-// then int8 scales as lane (g, t) reads them (row g chunks 0..3, row g + 8 chunks 0..3), then d of 16 rows.
-// value = d * scale * (quant - 32).
+// Q6_K: nibbles, then bits 4 and 5 (2 x 32 lanes x 16 bytes: word i = 2 j + (row >= 8), bits 2 c and 2 c + 1 of a byte
+// for chunk c), then int8 scales as lane (g, t) reads them (row g chunks 0..3, row g + 8 chunks 0..3), then d of 16 rows.
+// value = d * scale * (quant - 32). Nibbles and high bits go through the tensor core apart, each masked in place:
+// that is one instruction a word instead of three.
 struct Q6K {
     static constexpr int BYTES = 3360;
-    DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) {
-        unpack_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]);
-        uint2 bits = ((const uint2*)(superblock + 2048))[chunk * 32 + lane];
-        const u32 words[2] = {bits.x, bits.y};
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int at = 2 * (i & 3);
-            weights[i] |= (at < 4 ? words[i >> 2] << (4 - at) : words[i >> 2] >> (at - 4)) & 0x30303030u;
-        }
-    }
+    static constexpr bool MINIMUM = false;
     template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
+        uint4 first = ((const uint4*)(superblock + 2048))[lane], second = ((const uint4*)(superblock + 2560))[lane];
+        const u32 bits[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
         uint2 scales = ((const uint2*)(superblock + 3072))[lane];
         const u16* d = (const u16*)(superblock + 3328);
         float low = 0.0f, high = 0.0f;
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             u32 weights[8];
-            unpack(weights, superblock, c, lane);
-            int sums[4] = {0, 0, 0, 0};
-            dot_chunk(sums, weights, x.digits[4 * s + c], lane);
-            float2 factor = x.factor[4 * s + c];
-            low += signed_byte_to_float(scales.x, c) * (factor.x * integer_sum(sums) - 32.0f * factor.y);
-            high += signed_byte_to_float(scales.y, c) * (factor.x * integer_sum(sums + 2) - 32.0f * factor.y);
+            spread_nibbles(weights, ((const uint4*)superblock)[c * 32 + lane]);
+            int nibbles[4] = {0, 0, 0, 0}, highs[4] = {0, 0, 0, 0};
+            dot_chunk(nibbles, weights, x.digits[4 * s + c], lane);
+#pragma unroll
+            for (int i = 0; i < 8; i++) weights[i] = bits[i] & (0x03030303u << (2 * c));
+            dot_chunk(highs, weights, x.digits[4 * s + c], lane);
+            // highs are 4^c times the two bits, and stand 16 times higher; the nibbles of row g + 8 are 16 times theirs.
+            constexpr int UP[4] = {16, 4, 1, 1}, DOWN[4] = {1, 1, 1, 4};
+            int low_sum = DOWN[c] * integer_sum(nibbles) + UP[c] * integer_sum(highs);
+            int high_sum = integer_sum(nibbles + 2) + (256 >> (2 * c)) * integer_sum(highs + 2);
+            float scale = x.scale[4 * s + c], zero = 32.0f * x.bias[4 * s + c];
+            low += signed_byte_to_float(scales.x, c) * (scale * (1.0f / DOWN[c]) * (float)low_sum - zero);
+            high += signed_byte_to_float(scales.y, c) * (scale * (1.0f / 16.0f) * (float)high_sum - zero);
         }
         low_row += half_to_float(d[lane >> 2]) * low;
         high_row += half_to_float(d[(lane >> 2) + 8]) * high;
     }
     DEVICE float element(const u8* superblock, int row, int column) {
-        int g = row & 7, t = (column >> 2) & 3, chunk = column >> 6, group = (column >> 4) & 3;
-        int byte = superblock[2048 + (chunk * 32 + g * 4 + t) * 8 + (group >> 1) * 4 + (column & 3)];
-        int high_bits = (byte >> ((group & 1) * 4 + (row >= 8) * 2)) & 3;
+        int g = row & 7, lane = g * 4 + ((column >> 2) & 3), chunk = column >> 6, group = (column >> 4) & 3, i = 2 * group + (row >= 8);
+        int byte = superblock[2048 + (i >> 2) * 512 + lane * 16 + (i & 3) * 4 + (column & 3)];
+        int high_bits = (byte >> (2 * chunk)) & 3;
         int scale = ((const s8*)superblock)[3072 + (g * 4 + group) * 8 + (row >= 8) * 4 + chunk];
         return half_to_float(((const u16*)(superblock + 3328))[row]) * (float)scale * (float)(nibble_at(superblock, row, column) + 16 * high_bits - 32);
     }
@@ -365,6 +391,7 @@ struct Q6K {
 // of half j / 2), then 8 halves of scales a row. value = d * (quant - 128).
 struct Q80 {
     static constexpr int BYTES = 4352;
+    static constexpr bool MINIMUM = false;
     template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
         const uint4* scales = (const uint4*)(superblock + 4096);
         uint4 low_scales = scales[lane >> 2], high_scales = scales[(lane >> 2) + 8];
@@ -377,9 +404,9 @@ struct Q80 {
             const u32 weights[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
             int sums[4] = {0, 0, 0, 0};
             dot_chunk(sums, weights, x.digits[4 * s + c], lane);
-            float2 factor = x.factor[4 * s + c];
-            low_row += half_to_float((u16)(low_words[c] >> shift)) * (factor.x * integer_sum(sums) - 128.0f * factor.y);
-            high_row += half_to_float((u16)(high_words[c] >> shift)) * (factor.x * integer_sum(sums + 2) - 128.0f * factor.y);
+            float scale = x.scale[4 * s + c], zero = 128.0f * x.bias[4 * s + c];
+            low_row += half_to_float((u16)(low_words[c] >> shift)) * (scale * (float)integer_sum(sums) - zero);
+            high_row += half_to_float((u16)(high_words[c] >> shift)) * (scale * (float)integer_sum(sums + 2) - zero);
         }
     }
     DEVICE float element(const u8* superblock, int row, int column) {
@@ -462,7 +489,7 @@ DEVICE float lanes_max(float value, int width) {
 DEVICE void store_digits(u8* vector, float2* factors, int index, float value, bool inside) {
     float amax = lanes_max(fabsf(value), 16);
     bool alive = amax >= 1.50463277e-36f;  // 128 * smallest normal number: below, 127 / amax could overflow
-    float inverse = alive ? 127.0f / amax : 0.0f;
+    float inverse = alive ? divide(127.0f, amax) : 0.0f;
     float scaled = value * inverse;
     int high = round_to_int(scaled);
     int low = round_to_int((scaled - (float)high) * 254.0f);
@@ -478,10 +505,13 @@ DEVICE void store_digits(u8* vector, float2* factors, int index, float value, bo
     }
 }
 
-// 1 / sqrt(mean of squares + eps) from partial sums of squares; all 32 lanes of one warp call it.
-DEVICE float factor_from_parts(const float* parts, int count, float inverse_size, float eps, int lane) {
-    float sum = 0.0f;
-    for (int i = lane; i < count; i += 32) sum += fresh(parts + i);
+// 1 / sqrt(mean of squares + eps) from at most 32 * TURNS partial sums of squares; all 32 lanes of one warp call it.
+template <int TURNS> DEVICE float factor_from_parts(const float* parts, int count, float inverse_size, float eps, int lane) {
+    float part[TURNS], sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) part[i] = i * 32 + lane < count ? fresh(parts + i * 32 + lane) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) sum += part[i];
     return rsqrtf(lanes_sum(sum, 32) * inverse_size + eps);
 }
 

@@ -39,6 +39,29 @@ template <class FILE> DEVICE void nibble_plane(u8* superblock, const FileRow& lo
 DEVICE void copy_bytes(u8* target, const FileRow& row, int from, int count) {
     for (int i = 0; i < count; i++) target[i] = (u8)byte_of(row, from + i);
 }
+// The 6-bit scales and minima of Q4_K and Q5_K as the file packs them (ggml, get_scale_min_k4), index 0..7.
+DEVICE u32 file_scale(const FileRow& row, int i) {
+    return i < 4 ? byte_of(row, 4 + i) & 63u : (byte_of(row, 8 + i) & 15u) | ((byte_of(row, i) >> 6) << 4);
+}
+DEVICE u32 file_minimum(const FileRow& row, int i) {
+    return i < 4 ? byte_of(row, 8 + i) & 63u : (byte_of(row, 8 + i) >> 4) | ((byte_of(row, 4 + i) >> 6) << 4);
+}
+// The planes that `SixBit` reads; slot 0..15 = 8 * half + g.
+DEVICE void scale_planes(u8* header, const FileRow& low, const FileRow& high, int slot) {
+    int half = slot >> 3, g = slot & 7;
+    u32 words[3] = {0, 0, 0};
+    for (int c = 0; c < 4; c++) {
+        u32 low_minimum = file_minimum(low, 2 * c + half), high_minimum = file_minimum(high, 2 * c + half);
+        words[0] |= (file_scale(low, 2 * c + half) | ((low_minimum >> 4) << 6)) << (8 * c);
+        words[1] |= (file_scale(high, 2 * c + half) | ((high_minimum >> 4) << 6)) << (8 * c);
+        words[2] |= ((low_minimum & 15u) | ((high_minimum & 15u) << 4)) << (8 * c);
+    }
+    for (int plane = 0; plane < 3; plane++) ((u32*)header)[plane * 16 + slot] = words[plane];
+    if (half == 0) {
+        copy_bytes(header + 192 + g * 8, low, 0, 4);
+        copy_bytes(header + 192 + g * 8 + 4, high, 0, 4);
+    }
+}
 
 // slot = chunk * 32 + lane runs over 0..127; `rows` are the 16 rows of the tile.
 struct FileQ4K {
@@ -46,7 +69,7 @@ struct FileQ4K {
     DEVICE u32 quant(const FileRow& row, int k) { return (byte_of(row, 16 + (k >> 6) * 32 + (k & 31)) >> ((k & 32) ? 4 : 0)) & 15u; }
     DEVICE void place(u8* superblock, const FileTile& rows, int slot) {
         nibble_plane<FileQ4K>(superblock, rows[(slot >> 2) & 7], rows[((slot >> 2) & 7) + 8], slot);
-        if (slot < 16) copy_bytes(superblock + 2048 + slot * 16, rows[slot], 0, 16);
+        if (slot < 16) scale_planes(superblock + 2048, rows[slot & 7], rows[(slot & 7) + 8], slot);
     }
 };
 
@@ -66,7 +89,7 @@ struct FileQ5K {
                 bits |= ((quant(low, k) >> 4) << (8 * i + 2 * j)) | ((quant(high, k) >> 4) << (8 * i + 2 * j + 1));
             }
         ((u32*)(superblock + 2048))[slot] = bits;
-        if (slot < 16) copy_bytes(superblock + 2560 + slot * 16, rows[slot], 0, 16);
+        if (slot < 16) scale_planes(superblock + 2560, rows[slot & 7], rows[(slot & 7) + 8], slot);
     }
 };
 
@@ -80,15 +103,19 @@ struct FileQ6K {
     DEVICE void place(u8* superblock, const FileTile& rows, int slot) {
         const FileRow low = rows[(slot >> 2) & 7], high = rows[((slot >> 2) & 7) + 8];
         nibble_plane<FileQ6K>(superblock, low, high, slot);
-        for (int word = 0; word < 2; word++) {
-            u32 bits = 0;
-            for (int j = 0; j < 2; j++)
-                for (int i = 0; i < 4; i++) {
-                    int k = (slot >> 5) * 64 + (2 * word + j) * 16 + (slot & 3) * 4 + i;
-                    bits |= ((quant(low, k) >> 4) << (8 * i + 4 * j)) | ((quant(high, k) >> 4) << (8 * i + 4 * j + 2));
-                }
-            ((u32*)(superblock + 2048))[slot * 2 + word] = bits;
-        }
+        // Words 2 (slot / 32) and the next of lane slot % 32: one for row g, one for row g + 8, all four chunks.
+        int j = slot >> 5, lane = slot & 31;
+        const FileRow lane_low = rows[lane >> 2], lane_high = rows[(lane >> 2) + 8];
+        u32 low_bits = 0, high_bits = 0;
+        for (int c = 0; c < 4; c++)
+            for (int i = 0; i < 4; i++) {
+                int k = c * 64 + j * 16 + (lane & 3) * 4 + i;
+                low_bits |= (quant(lane_low, k) >> 4) << (8 * i + 2 * c);
+                high_bits |= (quant(lane_high, k) >> 4) << (8 * i + 2 * c);
+            }
+        u32* plane = (u32*)(superblock + 2048 + (j >> 1) * 512) + lane * 4 + (j & 1) * 2;
+        plane[0] = low_bits;
+        plane[1] = high_bits;
         if (slot < 32)
             for (int chunk = 0; chunk < 4; chunk++) {
                 superblock[3072 + slot * 8 + chunk] = (u8)byte_of(rows[slot >> 2], 192 + chunk * 4 + (slot & 3));
