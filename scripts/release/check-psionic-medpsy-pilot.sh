@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The gate of the MedPsy pilot: schemas, decision, policy, documents' figures, no sidecar, focused tests.
+# PYTHON names the interpreter that has psigraph and its test tools; without it the one of `make test` is used.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+python="${PYTHON:-}"
+if [[ -z "$python" ]]; then
+    if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
+fi
+"$python" -m psigraph.gate .
+if [[ "${1:-}" != "--no-tests" ]]; then
+    "$python" -m pytest -q tests/psigraph/test_policy.py tests/psigraph/test_guard.py tests/psigraph/test_report.py \
+        tests/psigraph/test_matrix.py tests/psigraph/test_compare.py tests/psigraph/test_gate.py
+fi
+echo "MedPsy pilot: all checks passed"
