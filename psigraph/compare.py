@@ -125,6 +125,10 @@ def settle(decision: Mapping[str, Any], session: Session, policy: Policy) -> tup
         return False, f"not settled: {obstacle}"
     if not any(report["status"] == "measured" for report in session.theirs):
         return False, "not settled: no other engine was measured"
+    if not any(
+        entry["gpu"] == gpu and entry["share_of_fastest_comparator"] is not None for entry in decision["by_host"]
+    ):
+        return False, f"not settled: {decision['why']}"
     answer = "parity" if decision["can_claim_parity"] else "no parity"
     return True, f"settled: {answer}; {decision['why']}"
 

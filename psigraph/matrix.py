@@ -178,29 +178,30 @@ def decide(rows: Sequence[Mapping[str, Any]], policy: Policy) -> dict[str, Any]:
     claim = policy.data["claim"]
     ours = [row for row in rows if row["status"] == "measured" and row["execution_engine"] == ENGINE]
     places = sorted({(row["gpu"], row["artifact_sha256"]) for row in ours})
-    by_host = []
-    shares: dict[tuple[str, str], float] = {}
+    by_host: list[dict[str, Any]] = []
     for gpu, sha256 in places:
         share, why = _verdict(rows, gpu, sha256, claim)
-        if share is not None:
-            shares[gpu, sha256] = share
         by_host.append(
             {
                 "gpu": gpu,
                 "artifact_sha256": sha256,
                 "can_claim_parity": share is not None and share >= 1.0,
+                "share_of_fastest_comparator": share,
                 "why": why,
             }
         )
-    settled = [
-        (entry, shares.get((entry["gpu"], entry["artifact_sha256"])))
-        for entry in by_host
-        if claim["gpu"] in entry["gpu"] and entry["artifact_sha256"] == claim["artifact_sha256"]
-    ]
     synthetic = {(row["gpu"], row["artifact_sha256"]) for row in ours if row["synthetic"]}
-    settled = [pair for pair in settled if (pair[0]["gpu"], pair[0]["artifact_sha256"]) not in synthetic]
+    settled = [
+        entry
+        for entry in by_host
+        if claim["gpu"] in entry["gpu"]
+        and entry["artifact_sha256"] == claim["artifact_sha256"]
+        and (entry["gpu"], entry["artifact_sha256"]) not in synthetic
+    ]
     if settled:
-        entry, share = settled[0]
+        # More than one GPU carries the claim's name (a laptop's does too): the slowest against its peers speaks.
+        entry = min(settled, key=lambda entry: entry["share_of_fastest_comparator"] or 0.0)
+        share = entry["share_of_fastest_comparator"]
         return {
             "can_claim_parity": entry["can_claim_parity"],
             "can_claim_competitive_medpsy": share is not None and share >= claim["competitive_share"],

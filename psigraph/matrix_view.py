@@ -73,7 +73,7 @@ def svg(matrix: Mapping[str, Any]) -> str:
     """Bars of mean tokens per second, one a row that has any, with the share of read bandwidth where known."""
     rows = [row for row in matrix["rows"] if row["mean_decode_tokens_per_second"]]
     top = max((row["mean_decode_tokens_per_second"] for row in rows), default=1.0)
-    label_width, bar_width, step, head = 330, 360, 26, 56
+    label_width, bar_width, step, head = 350, 360, 26, 56
     width, height = label_width + bar_width + 210, head + step * len(rows) + 24
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '

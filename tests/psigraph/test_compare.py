@@ -247,11 +247,14 @@ def test_what_settles_the_claim():
         False,
         "not settled: no other engine was measured",
     )
-    decision = {"can_claim_parity": False, "why": "slower"}
+    entry = {"gpu": rtx.gpu, "share_of_fastest_comparator": 0.9}
+    decision = {"can_claim_parity": False, "why": "slower", "by_host": [entry]}
     assert settle(decision, Session("s", ours, ({"status": "measured"},)), policy) == (
         True,
         "settled: no parity; slower",
     )
+    unlike = {"can_claim_parity": False, "why": "too few", "by_host": [entry | {"share_of_fastest_comparator": None}]}
+    assert settle(unlike, Session("s", ours, ({"status": "measured"},)), policy) == (False, "not settled: too few")
 
 
 SMI = """

@@ -50,6 +50,19 @@ def test_the_real_artifact_on_the_rtx_4080_settles_it(tmp_path):
         assert decision["can_claim_competitive_medpsy"] is competitive
 
 
+def test_of_two_gpus_of_the_claimed_name_the_slower_speaks(tmp_path):
+    real = {"sha256": REAL_SHA256}
+    decision = matrix_of(
+        tmp_path,
+        ours(400.0, gpu=RTX_4080, **real),
+        a_comparator(370.0, gpu=RTX_4080, synthetic=False, **real),
+        ours(200.0, gpu=f"{RTX_4080} Laptop", **real),
+        a_comparator(250.0, gpu=f"{RTX_4080} Laptop", synthetic=False, **real),
+    )["decision"]
+    assert decision["can_claim_parity"] is False
+    assert [entry["can_claim_parity"] for entry in decision["by_host"]] == [True, False]
+
+
 def test_a_synthetic_file_on_the_rtx_4080_settles_nothing(tmp_path):
     decision = matrix_of(tmp_path, ours(900.0, gpu=RTX_4080), a_comparator(gpu=RTX_4080))["decision"]
     assert decision["by_host"][0]["can_claim_parity"] is True

@@ -3,9 +3,11 @@
 import hashlib
 
 import pytest
-from psigraph.ir.errors import PolicyRefusal, UnsupportedModelError, UsageError
 
+from psigraph.ir.errors import PolicyRefusal, UnsupportedModelError, UsageError
 from psigraph.policy import admit, is_quantized, load_policy, policy_from_text, template_digest, tier_of
+from psigraph.runtime.gguf_file import GgufFile, open_gguf
+from psigraph.runtime.synth import write_synth
 
 REAL_SHA256 = "41ee947d9cce72ec657577219fd1798fabeabf0d832217fe23c9d6d3d18d5880"
 REAL_TEMPLATE = "8d51e8f9694b24924c7795050ecb7a605fcbd0d7980b40c56ad3e0561d465de7"
@@ -192,3 +194,16 @@ def test_a_policy_text_without_rules_refuses_everything():
     text = "policy: x\nartifacts: []\nquantization: {rules: [], receipt_warning: w}\nmedical_policy: {}\n"
     with pytest.raises(PolicyRefusal, match="no rule"):
         admit(policy_from_text(text), a_file("bf16"), None, None)
+
+
+def test_a_3_bit_file_is_refused_by_its_header_alone(tmp_path, monkeypatch):
+    path = tmp_path / "named-q4_k_m.gguf"
+    write_synth(path, "1.7b", "iq3_m", 1, layers=1, vocab=2048)
+    monkeypatch.setattr(GgufFile, "read", lambda *_: pytest.fail("a weight was read"))
+    with open_gguf(path) as model:
+        tensors = {name: tensor.dtype for name, tensor in model.tensors.items()}
+        size = load_policy().size_label(
+            model.metadata["qwen3.embedding_length"], model.metadata["qwen3.feed_forward_length"]
+        )
+        with pytest.raises(PolicyRefusal, match=r"IQ3_M weights of the 1\.7b.*iq3_m_of_the_1_7b"):
+            decide(tensors, size_label=size)
