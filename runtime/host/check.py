@@ -15,7 +15,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ def run_kernel(
     call = KernelCall(source, name, grid, block, shared_bytes, args, produced, writes, programmatic, together)
     if not checks:
         return run_build(call, "fast", order, seed)
-    _in_parallel([lambda build=build: build_kernel(source, name, build) for build in ("address", "watch")])
+    _build_all(source, name, ("address", "watch"))
     run_build(call, "address", order, seed)
     return run_build(call, "watch", order, seed)
 
@@ -112,9 +112,7 @@ def check_kernel(call: KernelCall, seed: int = 1) -> dict[int, np.ndarray[Any, A
 
     Returns the arrays that it may write, from the `fast` build. Raises HostCheckError.
     """
-    _in_parallel(
-        [lambda build=build: build_kernel(call.source, call.name, build) for build in ("address", "watch", "fast")]
-    )
+    _build_all(call.source, call.name, ("address", "watch", "fast"))
     run_build(call, "address", "forward", seed)
     run_build(call, "watch", "forward", seed)
     return compare_orders(call, seed)
@@ -167,9 +165,10 @@ def run_build(call: KernelCall, build: str, order: str = "forward", seed: int = 
         return _results(call, result.read_bytes())
 
 
-def _in_parallel(tasks: list[Callable[[], Any]]) -> None:
-    with ThreadPoolExecutor(max_workers=len(tasks)) as pool:
-        for future in [pool.submit(task) for task in tasks]:
+def _build_all(source: str, name: str, builds: Sequence[str]) -> None:
+    """Compile several builds of one kernel at once."""
+    with ThreadPoolExecutor(max_workers=len(builds)) as pool:
+        for future in [pool.submit(build_kernel, source, name, build) for build in builds]:
             future.result()
 
 

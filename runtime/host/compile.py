@@ -8,6 +8,7 @@ compile at once. The text stays beside its image: debuggers and sanitizers name 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from ...ir.errors import CompileError, DeviceError
 
 HERE = Path(__file__).resolve().parent
+KEPT_IMAGES = 1000  # of kernels in the cache; the oldest go first
 COMPILE_SECONDS = 300  # longer means that g++ itself hangs
 
 _COMMON = ("-std=c++17", "-fPIC", "-shared", "-pthread", "-w", "-fno-strict-aliasing", "-fvisibility=hidden")
@@ -175,6 +177,19 @@ def host_text(source: str) -> str:
     return _DYNAMIC_SHARED.sub(declaration, source)
 
 
+def _prune(folder: Path) -> None:
+    """Remove the oldest kernels beyond KEPT_IMAGES, image and text. Another process may do the same."""
+    images = []
+    for entry in os.scandir(folder):
+        if entry.name.endswith(".so"):
+            with contextlib.suppress(OSError):
+                images.append((entry.stat().st_mtime, entry.path))
+    for _, path in sorted(images)[: max(0, len(images) - KEPT_IMAGES)]:
+        for old in (Path(path), Path(path).with_suffix(".cu")):
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+
 def build_kernel(source: str, name: str, build: str = "fast", defines: tuple[str, ...] = ()) -> Path:
     """Compile one kernel; path of its shared object in the cache.
 
@@ -207,6 +222,7 @@ def build_kernel(source: str, name: str, build: str = "fast", defines: tuple[str
         else:
             run_compiler([*options, str(unit), "-o", str(made)], name)
         os.replace(made, image)
+    _prune(folder)
     return image
 
 

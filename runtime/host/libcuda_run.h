@@ -33,6 +33,22 @@ static bool write_all(int file, const std::string& data) {
     return true;
 }
 
+// A debugger reads the file of a shared object for as long as it looks at it: with PSIGRAPH_HOST_BUILD=step the files
+// stay until the process ends.
+static void remove_file(const std::string& path) {
+    const char* build = getenv("PSIGRAPH_HOST_BUILD");
+    if (!build || strcmp(build, "step")) {
+        unlink(path.c_str());
+        return;
+    }
+    static auto* kept = new std::vector<std::string>;
+    if (kept->empty())
+        atexit([] {
+            for (const std::string& one : *kept) unlink(one.c_str());
+        });
+    kept->push_back(path);
+}
+
 // Load one more copy of a kernel. A file of its own each time: the loader would recognise the same one.
 static const host_kernel* load_copy(const std::string& image, void** handle) {
     const char* folder = getenv("TMPDIR");
@@ -42,7 +58,7 @@ static const host_kernel* load_copy(const std::string& image, void** handle) {
     if (file >= 0) {
         if (write_all(file, image)) *handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         close(file);
-        unlink(path.c_str());
+        remove_file(path);
     }
     if (!*handle) {  // a full folder, or one that allows no execution; the file stays open, so that its name stays unique
         file = memfd_create("psigraph-kernel", MFD_CLOEXEC);
