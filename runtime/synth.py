@@ -127,6 +127,32 @@ def write_synth(
     return path
 
 
+def synth_model(
+    size: str, quant: str, untied: bool = False, layers: int | None = None
+) -> tuple[dict[str, object], dict[str, tuple[str, tuple[int, ...]]]]:
+    """What the header of such a file says, without writing one: (metadata of the model, name -> (type, shape)).
+
+    The arguments and errors are those of `write_synth`; the tokenizer's keys are left out.
+    """
+    shape, recipe, _ = _checked(size, quant, 0, layers, QWEN3_SIZE)
+    shape = shape._replace(untied=shape.untied or untied)
+    metadata: dict[str, object] = {
+        "general.architecture": "qwen3",
+        "general.name": f"Qwen3 {size.upper()} {quant.upper()} (shapes only)",
+        "qwen3.block_count": shape.layers,
+        "qwen3.context_length": shape.context,
+        "qwen3.embedding_length": shape.hidden,
+        "qwen3.feed_forward_length": shape.feed_forward,
+        "qwen3.attention.head_count": shape.heads,
+        "qwen3.attention.head_count_kv": shape.kv_heads,
+        "qwen3.attention.key_length": shape.head_dim,
+        "qwen3.attention.value_length": shape.head_dim,
+        "qwen3.attention.layer_norm_rms_epsilon": shape.epsilon,
+        "qwen3.rope.freq_base": shape.theta,
+    }
+    return metadata, {tensor.name: (tensor.dtype, tensor.shape) for tensor in _tensors(shape, recipe, QWEN3_SIZE)}
+
+
 def _checked(size: str, quant: str, seed: int, layers: int | None, vocab: int) -> tuple[Size, Quant, Vocabulary]:
     if size.lower() not in SIZES:
         raise UsageError(f"--size {size}: choose one of {', '.join(SIZES)}")
