@@ -22,7 +22,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
-#include <time.h>
 #include <utility>
 #if !defined(__x86_64__)
 #define PSIGRAPH_HOST_UCONTEXT 1
@@ -798,12 +797,6 @@ static inline float half_to_float(uint16_t bits) { return (float)bit_cast<_Float
 static inline uint16_t float_to_half(float value) { return bit_cast<uint16_t>((_Float16)value); }
 static inline float exp2(float x) { return ::exp2f(x); }
 static inline float rsqrt(float x) { return 1.0f / ::sqrtf(x); }
-// Nanoseconds of a clock that never goes back: the GPU's global timer.
-static inline unsigned long long clock_ns() {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (unsigned long long)now.tv_sec * 1000000000ull + (unsigned long long)now.tv_nsec;
-}
 // cvt.rni.s32.f32: to nearest even; out of range saturates, NaN gives 0.
 static inline int round_to_int(float value) {
     if (!(value == value)) return 0;
