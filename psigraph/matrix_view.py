@@ -42,7 +42,7 @@ def markdown(matrix: Mapping[str, Any]) -> str:
         cells = (
             name,
             row["gpu"] or row["backend"],
-            "synthetic" if row["synthetic"] else "real artifact",
+            _file(row, matrix),
             row["status"],
             _figure(row["mean_decode_tokens_per_second"]),
             _figure(row["best_warm_decode_tokens_per_second"]),
@@ -73,7 +73,7 @@ def svg(matrix: Mapping[str, Any]) -> str:
     """Bars of mean tokens per second, one a row that has any, with the share of read bandwidth where known."""
     rows = [row for row in matrix["rows"] if row["mean_decode_tokens_per_second"]]
     top = max((row["mean_decode_tokens_per_second"] for row in rows), default=1.0)
-    label_width, bar_width, step, head = 350, 360, 26, 56
+    label_width, bar_width, step, head = 390, 360, 26, 56
     width, height = label_width + bar_width + 210, head + step * len(rows) + 24
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -87,9 +87,8 @@ def svg(matrix: Mapping[str, Any]) -> str:
     for index, row in enumerate(rows):
         y = head + step * index
         rate = row["mean_decode_tokens_per_second"]
-        file = "synthetic" if row["synthetic"] else "real"
         kind = f", {row['decode_row']}" if row.get("decode_row") else ""
-        label = f"{row['runtime']}{kind}: {(row['gpu'] or row['backend']).replace('NVIDIA ', '')}, {file}"
+        label = f"{row['runtime']}{kind}: {(row['gpu'] or row['backend']).replace('NVIDIA ', '')}, {_file(row, matrix)}"
         share = row.get("share_of_read_bandwidth")
         note = f"{rate:,.2f}" + (f" ({share:.0%} of read bandwidth)" if share else "")
         bar = max(1.0, bar_width * rate / top)
@@ -104,6 +103,13 @@ def svg(matrix: Mapping[str, Any]) -> str:
 
 def _yes(value: bool) -> str:
     return "yes" if value else "no"
+
+
+def _file(row: Mapping[str, Any], matrix: Mapping[str, Any]) -> str:
+    """Which file a row is about: the artifact that the claim speaks of, a synthetic stand-in, or another one."""
+    if row["artifact_sha256"] == matrix["artifact"]["sha256"]:
+        return "real artifact"
+    return "synthetic" if row["synthetic"] else f"other, {row['artifact_sha256'][:8]}"
 
 
 def _figure(value: float | None) -> str:

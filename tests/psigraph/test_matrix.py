@@ -201,6 +201,13 @@ def test_markdown_block_and_chart(tmp_path):
     assert block_of("nothing") is None
 
 
+def test_every_row_says_which_file_it_is_about(tmp_path):
+    other = a_report(sha256="6" * 64, artifact={"synthetic": False, "quant_mix": {}, "bytes_per_token": 1.0})
+    text = markdown(matrix_of(tmp_path, ours(), other))
+    files = [line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| psigraph")]
+    assert files == ["synthetic", "other, 66666666", "real artifact"]
+
+
 def test_comparator_reports_are_checked():
     assert validate_comparator_report(a_comparator()) == []
     for edit, message in (
