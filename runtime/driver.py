@@ -154,7 +154,7 @@ class Driver:
         types = tuple(kind for _, kind in args)
         self.call("cuLaunchKernelEx", config, function, (values, types), 0)
 
-    def host_memory(self, nbytes: int) -> "HostMemory":
+    def host_memory(self, nbytes: int) -> HostMemory:
         """Page-locked host memory."""
         return HostMemory(self, nbytes)
 
@@ -163,7 +163,7 @@ class Driver:
             self._retained = False
             self.api.cuDevicePrimaryCtxRelease(self.device)
 
-    def __enter__(self) -> "Driver":
+    def __enter__(self) -> Driver:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -73,6 +73,7 @@ class Engine:
         self._modules: list[Any] = []
         self._host: list[HostMemory] = []
         self._events: list[Any] = []
+        self._extra: list[int] = []
         self._arena = 0
         self._stream: Any = None
         self._graph: Any = None
@@ -316,6 +317,49 @@ class Engine:
 
     # --- measuring ---
 
+    def adopt(self, program: Program, compiled: dict[str, CompiledKernel]) -> None:
+        """Run another Program over the same memory: other kernels and launches, perhaps more scratch.
+
+        Weights lie the same whatever the launch shapes are, so that tuning loads them once.
+        UsageError if a buffer that holds something differs.
+        """
+        self._check()
+        known = {buffer.name: buffer for buffer in self.program.buffers}
+        for buffer in program.buffers:
+            if buffer.kind != "scratch" and known.get(buffer.name) != buffer:
+                raise UsageError(f"the other program keeps {buffer.name} differently; open a new engine")
+        self.synchronize()
+        for buffer in program.buffers:
+            if known.get(buffer.name) != buffer:
+                address = self.driver.allocate(buffer.nbytes, "scratch memory of another program")
+                self._extra.append(address)
+                self._address[buffer.name] = address
+                self.driver.call("cuMemsetD8Async", address, 0, buffer.nbytes, self._stream)
+        if self._executable is not None:
+            self.driver.call("cuGraphExecDestroy", self._executable)
+            self._executable = None
+            self.driver.call("cuGraphDestroy", self._graph)
+            self._graph = None
+        for module in self._modules:
+            self.driver.call("cuModuleUnload", module)
+        self._modules, self._functions = [], {}
+        self.program, self.compiled = program, compiled
+        self._load_modules()
+        if self.graph:
+            self._capture()
+
+    def read(self, name: str) -> np.ndarray:
+        """The bytes of a buffer, uint8; waits for everything queued."""
+        out = np.empty(self.program.buffer(name).nbytes, np.uint8)
+        self.synchronize()
+        self._guard("cuMemcpyDtoH", out.ctypes.data, self._address[name], out.nbytes)
+        return out
+
+    def clear(self, name: str) -> None:
+        """Zero a buffer, in order with the steps."""
+        nbytes = self.program.buffer(name).nbytes
+        self._guard("cuMemsetD8Async", self._address[name], 0, nbytes, self._stream)
+
     def read_bandwidth(self, repeats: int = 5) -> float:
         """Bytes per second that plain loads read from the weights' memory; the median of `repeats`."""
         weights = [b for b in self.program.buffers if b.kind == "weight"]
@@ -364,14 +408,15 @@ class Engine:
             api.cuEventDestroy(event)
         for memory in self._host:
             memory.close()
-        if self._arena:
-            api.cuMemFree(self._arena)
+        for address in (self._arena, *self._extra):
+            if address:
+                api.cuMemFree(address)
         for module in self._modules:
             api.cuModuleUnload(module)
         if self._stream is not None:
             api.cuStreamDestroy(self._stream)
         self._executable = self._graph = self._stream = None
-        self._events, self._host, self._modules, self._arena = [], [], [], 0
+        self._events, self._host, self._modules, self._extra, self._arena = [], [], [], [], 0
 
     def __enter__(self) -> Engine:
         return self

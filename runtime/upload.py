@@ -83,7 +83,9 @@ def upload_weights(
                     turn += 1
                     driver.call("cuEventSynchronize", slab.event)
                     _read(pool, source.fileno(), slab, offset + at, size, buffer.source)
-                    _place(driver, stream, functions, buffer, slab, address[buffer.name], first_row, row_count, at, size)
+                    _place(
+                        driver, stream, functions, buffer, slab, address[buffer.name], first_row, row_count, at, size
+                    )
                     driver.call("cuEventRecord", slab.event, stream)
                     done += size
                     if progress:

@@ -75,6 +75,24 @@ DEVICE void wait_for_previous_kernel() {
 }
 #endif
 
+// When a kernel was let through its wait and when its last warp ended, nanoseconds of the GPU's clock, for
+// `codegen.profile`. trace[2 slot] holds the complement of the earliest release, trace[2 slot + 1] the latest end,
+// so that both are maxima over blocks and start from zero.
+#ifdef PSIGRAPH_HOST
+DEVICE u64 clock_ns() { return host::clock_ns(); }
+#else
+DEVICE u64 clock_ns() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)::"memory"); return t; }
+#endif
+struct Traced {
+    u64* times;
+    METHOD Traced(u64* trace, int slot) : times(trace + 2 * slot) {
+        if (threadIdx.x == 0) atomicMax(times, ~clock_ns());
+    }
+    METHOD ~Traced() {
+        if ((threadIdx.x & 31) == 0) atomicMax(times + 1, clock_ns());
+    }
+};
+
 // Loads that go to L2: what another SM wrote must not come from a stale line of this SM's L1.
 #ifdef PSIGRAPH_HOST
 template <class T> DEVICE T fresh(const T* p) { return host::fresh(p); }
