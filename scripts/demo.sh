@@ -7,24 +7,21 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PSIGRAPH_PYTHON:-python3}
 model=fixtures/tiny/tiny-qwen3-q4_k_m.gguf
 out=demo-out
+bold='' plain=''
+if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
 
 step() {
-    printf '\n\033[1m$ psigraph %s\033[0m\n' "$*"
+    printf '\n%s$ psigraph' "$bold"
+    for word in "$@"; do
+        if [[ $word == *' '* ]]; then printf ' "%s"' "$word"; else printf ' %s' "$word"; fi
+    done
+    printf '%s\n' "$plain"
     "$python" -m psigraph "$@"
 }
 
-# Asked of the program, not of nvidia-smi: a GPU that is too old, or has too old a driver, is none.
-backend=$("$python" - << 'PYTHON'
-from psigraph.diagnosis import diagnose
-
-gpu = next(found for found in diagnose().capabilities if found.name == "run on a GPU")
-print("cuda" if gpu.works else "cpu")
-PYTHON
-)
-
-step compile "$model" --out "$out"
+mkdir -p "$out"
+step compile "$model" --out "$out/compiled"
 step inspect "$model" --stage fused --layer 0
-step bench --model-path "$model" --artifact-kind gguf --backend "$backend" \
-    --prompt-token-ids 0 --max-new-tokens 32 --repeats 3 --json-out "$out/bench.json"
-step generate "$model" --prompt "The heart" --max-new-tokens 48
+step bench --model-path "$model" --prompt-token-ids 4094 --max-new-tokens 64 --repeats 3 --json-out "$out/bench.json"
+step generate "$model" --prompt "Fellow-Citizens of the Senate and House of Representatives:" --max-new-tokens 48
 printf '\nEverything that was written lies in %s/.\n' "$out"
