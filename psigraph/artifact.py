@@ -9,14 +9,15 @@ from typing import Any
 from .build import Model
 from .ir.errors import UsageError
 from .policy import Admission, admit, load_policy, matrix_types, template_digest
+from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import default_cache_dir
 
 Progress = Callable[[int, int], None]
 
 
-def tensor_types(model: Model) -> dict[str, str]:
+def tensor_types(file: GgufFile) -> dict[str, str]:
     """Tensor name -> ggml type of every tensor in the file."""
-    return {name: info.dtype for name, info in model.file.tensors.items()}
+    return {name: info.dtype for name, info in file.tensors.items()}
 
 
 def parameter_count(model: Model) -> int:
@@ -24,16 +25,21 @@ def parameter_count(model: Model) -> int:
     return sum(type_.size for type_ in model.binding.tensors.values())
 
 
-def size_label(model: Model) -> str:
+def size_label(file: GgufFile) -> str:
     """The published size that has these widths ("1.7b"), or "" for none; layers are not asked."""
-    sizes = model.binding.sizes
-    return load_policy().size_label(int(sizes["hidden"]), int(sizes["ffn"]))
+    architecture = file.metadata.get("general.architecture")
+    hidden, feed_forward = (
+        file.metadata.get(f"{architecture}.{key}") for key in ("embedding_length", "feed_forward_length")
+    )
+    if not isinstance(hidden, int) or not isinstance(feed_forward, int):
+        return ""
+    return load_policy().size_label(hidden, feed_forward)
 
 
 def model_size(model: Model) -> str:
     """What reports call the size: "1.7b"; "1.7b with 4 layers" where the number of layers is not the published one;
     "8.9m", counted, for widths of no published size."""
-    label = size_label(model)
+    label = size_label(model.file)
     if not label:
         count = parameter_count(model)
         return f"{count / 1e9:.1f}b" if count >= 1e9 else f"{count / 1e6:.1f}m"
@@ -58,8 +64,8 @@ def is_synthetic(model: Model) -> bool:
     return model.file.metadata.get("psigraph.synthetic") is True
 
 
-def admit_model(
-    model: Model,
+def admit_file(
+    file: GgufFile,
     *,
     allow_blocked: bool = False,
     expect_sha256: str | None = None,
@@ -71,16 +77,16 @@ def admit_model(
 
     An expected digest is always computed. Raises as `policy.admit` does.
     """
-    template = model.file.metadata.get("tokenizer.chat_template")
+    template = file.metadata.get("tokenizer.chat_template")
     digest = None
     if with_digest or expect_sha256 is not None:
-        digest = model.file.sha256(on_hash, default_cache_dir())
+        digest = file.sha256(on_hash, default_cache_dir())
     return admit(
         load_policy(),
-        tensor_types(model),
+        tensor_types(file),
         digest,
         template_digest(template) if isinstance(template, str) else None,
-        size_label=size_label(model),
+        size_label=size_label(file),
         allow_blocked=allow_blocked,
         expect_sha256=expect_sha256,
         policy_active=policy_active,
@@ -90,7 +96,7 @@ def admit_model(
 def artifact_record(model: Model) -> dict[str, Any]:
     """For a report: name, parameters, block types of the matrices (tensors and bytes), synthetic or not."""
     tensors = model.file.tensors
-    matrices = matrix_types(tensor_types(model))
+    matrices = matrix_types(tensor_types(model.file))
     counts = Counter(matrices.values())
     return {
         "file": model.file.path.name,

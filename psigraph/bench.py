@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import admit_model, artifact_record, check_model_size
+from .artifact import admit_file, artifact_record, check_model_size
 from .build import Model
 from .environment import GpuSnapshot, machine_record, peak_memory_bytes, seconds_since_start
 from .ir.errors import UsageError
 from .policy import Admission
 from .report import build_report
+from .runtime.gguf_file import GgufFile
 from .session import Session, check_ids, open_session, vocabulary_of
 
 Progress = Callable[[int, int], None]
@@ -108,7 +109,7 @@ def run_bench(
     """The report of a benchmark, as `report.build_report` makes it; nothing is written.
 
     The GPU's state is asked for first, then the policy; only an admitted file's weights are read. hooks: on_load and
-    on_compile of `open_session`, on_hash of `admit_model`; on_run(runs done, runs in all).
+    on_compile of `open_session`, on_hash of `admit_file`; on_run(runs done, runs in all).
     """
     work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth)
     snapshot = GpuSnapshot() if backend in ("auto", "cuda") else None
@@ -116,17 +117,19 @@ def run_bench(
     admissions: list[Admission] = []
     sizes: list[str] = []
 
-    def check(model: Model) -> None:
-        check_ids(work.prompt, vocabulary_of(model))
-        sizes.append(check_model_size(model, model_size))
-        admission = admit_model(model, allow_blocked=allow_blocked, expect_sha256=expect_sha256, on_hash=on_hash)
+    def admit(file: GgufFile) -> None:
+        admission = admit_file(file, allow_blocked=allow_blocked, expect_sha256=expect_sha256, on_hash=on_hash)
         admissions.append(admission)
         if on_admission:
             on_admission(admission)
 
+    def check(model: Model) -> None:
+        check_ids(work.prompt, vocabulary_of(model))
+        sizes.append(check_model_size(model, model_size))
+
     outputs = ("logits",) if mode == "forced" else ()
     with open_session(
-        path, backend, device, ctx, outputs, graph, disable, positions=work.positions, admit=check, **hooks
+        path, backend, device, ctx, outputs, graph, disable, positions=work.positions, admit=admit, check=check, **hooks
     ) as session:
         return measure(session, work, admissions[0], sizes[0], snapshot, on_run)
 

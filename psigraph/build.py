@@ -75,10 +75,17 @@ def find_spec(metadata: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def open_model(path: str | os.PathLike[str], ctx: int | None = None) -> Model:
-    """Open a model file and check every key and tensor against its spec; reads no weights."""
+def open_model(
+    path: str | os.PathLike[str], ctx: int | None = None, admit: Callable[[GgufFile], None] | None = None
+) -> Model:
+    """Open a model file and check every key and tensor against its spec; reads no weights.
+
+    admit: called with the open file before anything is asked of its spec, so that a policy's refusal comes first.
+    """
     file = open_gguf(path)
     try:
+        if admit is not None:
+            admit(file)
         spec = find_spec(file.metadata)
         types = {name: TensorType(info.dtype, info.shape) for name, info in file.tensors.items()}
         return Model(file, spec, spec.bind(file.metadata, types, ctx))

@@ -25,6 +25,7 @@ from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
 from .report import ENGINES
+from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import KernelCache, default_cache_dir
 
 if TYPE_CHECKING:
@@ -158,7 +159,8 @@ def open_session(
     positions: Positions = None,
     shapes: dict[str, dict[str, int]] | None = None,
     cache_dtype: str = "f16",
-    admit: Callable[[Model], None] | None = None,
+    admit: Callable[[GgufFile], None] | None = None,
+    check: Callable[[Model], None] | None = None,
     on_load: Progress | None = None,
     on_compile: Progress | None = None,
 ) -> Session:
@@ -174,7 +176,8 @@ def open_session(
     positions    how many positions the caller is going to fill, or a function that says so for the opened model.
     shapes       launch shapes that tuning found, see `codegen.lower.lower`.
     cache_dtype  "f16" or "f32"; f32 in numpy only.
-    admit        called with the model before any weight is read; may raise.
+    admit        called with the open file before anything else is asked of it, check: with the model before any
+                 weight is read; both may raise.
     on_load      (bytes read, bytes in all); on_compile: (kernels compiled, kernels in all).
 
     Raises the errors of `open_model`, UsageError for options that cannot work, DeviceError and OutOfMemoryError.
@@ -190,9 +193,9 @@ def open_session(
         model: Model | None = None
         try:
             began = time.perf_counter()
-            model = open_model_for(path, ctx, positions)
-            if admit is not None:
-                admit(model)
+            model = open_model_for(path, ctx, positions, admit)
+            if check is not None:
+                check(model)
             opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
             return opener.open(model, backend, starting)
         except BaseException:
@@ -203,12 +206,17 @@ def open_session(
             raise
 
 
-def open_model_for(path: str | os.PathLike[str], ctx: int | None = None, positions: Positions = None) -> Model:
+def open_model_for(
+    path: str | os.PathLike[str],
+    ctx: int | None = None,
+    positions: Positions = None,
+    admit: Callable[[GgufFile], None] | None = None,
+) -> Model:
     """A model file whose caches will hold `positions` (see `open_session`); reads no weights.
 
     UsageError if they cannot, naming what would work.
     """
-    model = open_model(path, ctx)
+    model = open_model(path, ctx, admit)
     try:
         if callable(positions):
             positions = positions(model)

@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main", "run"]
 # Command -> what it does. Its module is psigraph.cli.<command>, and the click command in there is `command`.
 COMMANDS = {
     "compile": "Compile a model and write what every stage makes of it.",
+    "inspect": "Show a model, a pass, a layer or a kernel at any stage.",
     "bench": "Measure how many tokens a second a model decodes, and write a report.",
     "generate": "Continue a text with a model.",
     "synth": "Write a synthetic model file with a real model's exact shapes.",

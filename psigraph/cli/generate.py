@@ -51,11 +51,12 @@ def command(
     expect_sha256: str | None,
 ) -> None:
     """Continue a prompt with MODEL, the likeliest token each time (greedy), written as it comes."""
-    from ..artifact import admit_model
+    from ..artifact import admit_file
     from ..build import Model
     from ..generation import Prompt, continuation, text_pieces
     from ..guard import guard_for
     from ..policy import Admission
+    from ..runtime.gguf_file import GgufFile
     from ..session import check_ids, open_session, vocabulary_of
 
     admitted: list[Admission] = []
@@ -63,12 +64,10 @@ def command(
         with stages() as bars:
             on_hash = bars.bar(f"hashing {model.name}", in_bytes=True)
 
-            def check(opened: Model) -> None:
-                if ids is not None:
-                    check_ids(ids, vocabulary_of(opened))
+            def admit(file: GgufFile) -> None:
                 # The digest of a file of gigabytes takes seconds, and only an expectation needs it here.
-                admission = admit_model(
-                    opened,
+                admission = admit_file(
+                    file,
                     allow_blocked=allow_blocked,
                     expect_sha256=expect_sha256,
                     with_digest=False,
@@ -76,8 +75,12 @@ def command(
                 )
                 for warning in admission.warnings:
                     click.echo(f"psigraph: warning: {warning}", err=True)
-                request.check(admission)
                 admitted.append(admission)
+
+            def check(opened: Model) -> None:
+                if ids is not None:
+                    check_ids(ids, vocabulary_of(opened))
+                request.check(admitted[0])
 
             session = open_session(
                 model,
@@ -87,7 +90,8 @@ def command(
                 graph=not no_graph,
                 disable=disable,
                 positions=request.positions,
-                admit=check,
+                admit=admit,
+                check=check,
                 on_load=bars.bar("loading weights", in_bytes=True),
                 on_compile=bars.bar("compiling kernels"),
             )

@@ -1,0 +1,119 @@
+"""`psigraph inspect`: shows a model at any stage on its way to kernels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..ir.errors import UsageError
+from .options import MODEL_PATH
+from .tables import kernel_table, launch_table, pass_table, step_line
+
+if TYPE_CHECKING:
+    from ..inspection import Inspected
+    from ..ir.graph import Graph
+
+EPILOG = """\b
+Without options: what the model is, what every pass did, and its kernels. DIR is what `psigraph compile` wrote.
+Only headers are read; no GPU is used.
+
+\b
+Examples:
+  psigraph inspect model.gguf --stage fused --layer 0
+  psigraph inspect model.gguf --diff fuse_attention --layer 0
+  psigraph inspect compiled --kernel rope_attention
+  psigraph inspect model.gguf --stage fused --format dot | dot -Tsvg > fused.svg"""
+
+
+@click.command("inspect", epilog=EPILOG)
+@click.argument("model", type=MODEL_PATH, metavar="MODEL|DIR")
+@click.option(
+    "--stage",
+    type=click.Choice(["model", "fused", "program"]),
+    help="model: the block as its YAML declares it; fused: after all passes; program: the launches in order.",
+)
+@click.option("--after", metavar="PASS", help="The graph after this pass.")
+@click.option("--diff", metavar="PASS", help="What this pass changed, as a unified diff.")
+@click.option("--kernel", metavar="NAME", help="The CUDA C text of this kernel.")
+@click.option("--layer", type=click.IntRange(0), metavar="N", help="Only this layer.")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "dot", "json"]), default="text", show_default=True, help="How."
+)
+@click.option("--arch", metavar="ARCH", help="For which GPU kernels are written. Default: this machine's, or sm_90a.")
+def command(
+    model: Path,
+    stage: str | None,
+    after: str | None,
+    diff: str | None,
+    kernel: str | None,
+    layer: int | None,
+    form: str,
+    arch: str | None,
+) -> None:
+    """Show MODEL, a model file, or DIR, a compiled folder, at one stage."""
+    wanted = {"--stage": stage, "--after": after, "--diff": diff, "--kernel": kernel}
+    named = [option for option, value in wanted.items() if value is not None]
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)}: give one of them")
+    if form == "dot" and (diff or kernel or stage == "program"):
+        raise UsageError(f"--format dot: only graphs have it: --stage model, --stage fused or --after, not {named[0]}")
+    if form == "json" and diff:
+        raise UsageError("--format json: a diff is text; leave --format out")
+    if arch is not None and model.is_dir():
+        raise UsageError(f"--arch {arch}: {model} is compiled already; give the model file instead")
+    from ..compilation import gpu_target
+    from ..inspection import INPUT, inspect_path
+
+    found = inspect_path(model, gpu_target(arch) if arch is not None else None)
+    found.check_layer(layer)
+    if kernel is not None:
+        text = _kernel(found, kernel, form)
+    elif diff is not None:
+        text = found.diff(diff, layer) or f"{diff} changed nothing here\n"
+    elif after is not None:
+        text = _graph(found.graph(after), layer, form)
+    elif stage == "program":
+        text = _program(found, layer, form)
+    elif stage is None and layer is None and form == "text":
+        text = _overview(found)
+    else:
+        # A layer or a format alone asks for a graph: the one that kernels are made of.
+        text = _graph(found.graph(INPUT) if stage == "model" else found.fused, layer, form)
+    click.echo(text, nl=False)
+
+
+def _graph(graph: Graph, layer: int | None, form: str) -> str:
+    from ..ir.export import to_dot, to_json
+    from ..ir.text import print_graph
+
+    printers = {"text": print_graph, "dot": to_dot, "json": to_json}
+    return printers[form](graph, layer)
+
+
+def _program(found: Inspected, layer: int | None, form: str) -> str:
+    record = found.program()
+    if form == "text":
+        return f"{launch_table(record, layer)}\n{step_line(record)}\n"
+    if layer is not None:
+        record = {**record, "launches": [launch for launch in record["launches"] if launch["layer"] == layer]}
+    return json.dumps(record, indent=1) + "\n"
+
+
+def _kernel(found: Inspected, name: str, form: str) -> str:
+    text = found.kernel(name)
+    if form == "text":
+        return text if text.endswith("\n") else text + "\n"
+    launches = [launch for launch in found.program()["launches"] if launch["kernel"] == name]
+    return json.dumps({"name": name, "text": text, "launches": launches}, indent=1) + "\n"
+
+
+def _overview(found: Inspected) -> str:
+    record = found.program()
+    width = max(map(len, found.facts))
+    lines = [f"{name:<{width}}  {value}" for name, value in found.facts.items()]
+    lines += ["", pass_table(found.passes), "", f"{record['arch']}, {record['sm_count']} multiprocessors"]
+    lines += [kernel_table(record), step_line(record)]
+    return "\n".join(lines) + "\n"
