@@ -119,8 +119,9 @@ def _fingerprint() -> str:
         digest.update("\n".join(line for line in lines if line.startswith(("flags", "Features")))[:8192].encode())
     except OSError:
         digest.update(platform.processor().encode())
-    for name in ("cuda_on_cpu.h", "kernel_abi.h", "watch.h", "watch.cpp"):
-        digest.update((HERE / name).read_bytes())
+    for path in sorted((*HERE.glob("*.h"), HERE / "watch.cpp")):
+        if not path.name.startswith("libcuda"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -211,7 +212,7 @@ def build_kernel(source: str, name: str, build: str = "fast", defines: tuple[str
         unit = Path(scratch) / f"{name}.cpp"
         unit.write_text(entry)
         made = Path(scratch) / "kernel.so"
-        options = [*_COMMON, *how.options, *defines, f"-I{HERE}", f"-I{folder}"]
+        options = [*_COMMON, *how.options, *defines, f"-iquote{HERE}", f"-iquote{folder}"]
         if how.watch:
             kernel, watcher = Path(scratch) / "kernel.o", Path(scratch) / "watch.o"
             without_link = [option for option in options if option != "-shared"]
