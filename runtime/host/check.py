@@ -136,9 +136,11 @@ def compare_orders(call: KernelCall, seed: int = 1) -> dict[int, np.ndarray[Any,
     return first
 
 
-def run_build(call: KernelCall, build: str, order: str = "forward", seed: int = 1) -> dict[int, np.ndarray[Any, Any]]:
-    """One run of one build (a key of compile.BUILDS) in a process of its own."""
-    image = build_kernel(call.source, call.name, build)
+def run_build(
+    call: KernelCall, build: str, order: str = "forward", seed: int = 1, defines: tuple[str, ...] = ()
+) -> dict[int, np.ndarray[Any, Any]]:
+    """One run of one build (a key of compile.BUILDS) in a process of its own; defines: more options for g++."""
+    image = build_kernel(call.source, call.name, build, defines)
     sanitizers = tuple(
         option for option in BUILDS[build].options if option.startswith("-fsanitize") and not BUILDS[build].watch
     )

@@ -209,3 +209,18 @@ def test_barriers_on_different_lines_do_not_meet(kernel_text: Text) -> None:
     with pytest.raises(HostCheckError, match="while others wait in line") as caught:
         run_build(KernelCall(kernel_text(body), "subject", 1, 64, 0, [np.zeros(64, np.int32)]), "fast")
     assert caught.value.kind == "divergent barrier"
+
+
+def test_processors_without_a_switch_of_our_own_give_the_same(kernel_text: Text) -> None:
+    body = """
+    extern "C" __global__ void subject(const int* x, int* out) {
+        __shared__ int turned[64];
+        turned[63 - threadIdx.x] = lanes_sum(x[threadIdx.x], 8);
+        __syncthreads();
+        out[threadIdx.x] = turned[threadIdx.x];
+    }
+    """
+    call = KernelCall(kernel_text(body), "subject", 1, 64, 0, [np.arange(64, dtype=np.int32), np.zeros(64, np.int32)])
+    expected = np.repeat(np.arange(64).reshape(8, 8).sum(1), 8)[::-1]
+    for defines in ((), ("-DPSIGRAPH_HOST_UCONTEXT",)):
+        assert (run_build(call, "fast", "shuffle", defines=defines)[1] == expected).all()
