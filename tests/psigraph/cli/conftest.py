@@ -1,0 +1,31 @@
+"""What the tests of commands share: helpers beside the tests of psigraph/, no GPU, a kernel cache of their own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from psigraph import session
+from psigraph.ir.errors import DeviceError
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests of a run: kernels compile once."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch, kernel_cache: Path) -> None:
+    """As on a machine without a driver, whatever the machine."""
+
+    def start(_: int) -> Any:
+        raise DeviceError("no NVIDIA driver on this machine; install it, or use --backend cpu")
+
+    monkeypatch.setattr(session, "_start_driver", start)
+    monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(kernel_cache))

@@ -1,0 +1,146 @@
+"""`psigraph bench`: the report it writes, what it prints, and every refusal before a weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import Q4, Q4_SHA256, reference_greedy
+
+from psigraph import bench as measuring
+from psigraph import numpy_path
+from psigraph.cli import run
+from psigraph.cli.bench import summary
+from psigraph.report import read_json, validate_report
+from psigraph.runtime.synth import write_synth
+from psigraph.runtime.synth_vocab import SMALLEST
+
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
+BASE = ["bench", "--model-path", str(Q4), "--artifact-kind", "gguf", "--max-new-tokens", "6"]
+
+
+def test_a_report_of_the_cpu_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "report.json"
+    prompt, greedy, _ = reference_greedy(Q4, "speech")
+    ids = ",".join(map(str, prompt))
+    arguments = ["--model-size", "8.9m", "--backend", "cpu", "--prompt-token-ids", ids, "--expect-sha256", Q4_SHA256]
+    assert run([*BASE, *arguments, "--json-out", str(out)]) == 0
+    report = read_json(out)
+    assert validate_report(report) == []
+    assert report["execution_engine"] == "psionic_qwen3_cpu"
+    assert report["prompt_tokens"] == prompt
+    assert report["repeats"] == len(report["runs"]) == 3
+    assert all(run["generated_tokens"] == greedy[:6] for run in report["runs"])
+    assert all(run["model_artifact_sha256"] == Q4_SHA256 for run in report["runs"])
+    assert all(0 < run["decode_ms"] < run["total_ms"] for run in report["runs"])  # the prompt is not generation
+    assert report["artifact"]["quant_mix"] == {"q4_k": 48, "q6_k": 9}
+    assert (report["artifact"]["synthetic"], report["artifact"]["admitted"]) == (False, False)
+    assert report["timings"]["load_ms"] > 0
+    assert report["timings"]["start_to_first_token_ms"] > report["timings"]["first_token_ms"]
+    assert set(report["timings"]["step_us"]) == {"p10", "p50", "p90", "p99", "max", "steps"}
+    assert report["roofline"] is None
+    shown = capsys.readouterr()
+    assert "psionic_qwen3_cpu on" in shown.out
+    assert "median" in shown.out
+    assert f"report: {out}" in shown.out
+    assert "weights are quantized" in shown.err
+
+
+def test_the_forced_row_at_a_depth(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    arguments = ["--prompt-token-ids", "0", "--mode", "forced", "--depth", "3", "--repeats", "2", "--ctx", "9"]
+    assert run([*BASE, *arguments, "--json-out", str(out)]) == 0
+    report = read_json(out)
+    assert validate_report(report) == []
+    assert (report["decode_row"], report["depth"], report["backend"]) == ("forced", 3, "cpu")
+    assert "no NVIDIA driver" in report["environment"]["no_gpu_because"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["--prompt-token-ids", "4096"], 2, "ids are 0 to 4095"),
+        (["--prompt-token-ids", ""], 2, "prompt is empty"),
+        (["--prompt-token-ids", "1,-2"], 2, "'-2' is no token id"),
+        (["--max-new-tokens", "0"], 2, "--max-new-tokens"),
+        (["--max-new-tokens", "2049"], 2, "context has 2048"),
+        (["--ctx", "5"], 2, "--ctx 5: prompt and new tokens fill 6"),
+        (["--ctx", "2049"], 2, "1 to 2048"),
+        (["--repeats", "0"], 2, "--repeats"),
+        (["--model-size", "1.7b"], 2, "size 8.9m"),
+        (["--artifact-kind", "safetensors"], 2, "--artifact-kind"),
+        (["--backend", "cuda"], 7, "--backend cpu"),
+        (["--backend", "tpu"], 2, "--backend"),
+        (["--disable-pass", "fuse_all"], 2, "fuse_swiglu"),
+        (["--expect-sha256", "12"], 2, "64 hexadecimal digits"),
+        (["--expect-sha256", "0" * 64], 5, "digest is a7d5630a"),
+        (["--model-path", "absent.gguf"], 3, "no such file"),
+    ],
+)
+def test_refusals(
+    arguments: list[str],
+    code: int,
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(numpy_path, "dequantized", lambda *_: pytest.fail("a weight was read"))
+    given = [*BASE, "--prompt-token-ids", "0", "--json-out", str(tmp_path / "r.json"), *arguments]
+    assert run(given) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert len(lines) == 1
+    assert named in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_blocked_tier_is_refused_with_the_rule_and_the_override_is_not_enough_for_missing_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_synth(tmp_path / "m.gguf", "0.6b", "iq3_m", 1, layers=1, vocab=SMALLEST)
+    given = ["bench", "--model-path", str(model), "--prompt-token-ids", "0"]
+    assert run(given) == 5
+    assert "rule any_3_bit_route" in capsys.readouterr().err
+    assert run([*given, "--allow-blocked-quantization"]) == 4
+    assert "against rule" in capsys.readouterr().err
+
+
+def test_an_unwritable_report_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(measuring, "run_bench", lambda *_, **__: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    assert run([*BASE, "--json-out", str(tmp_path / "file" / "r.json")]) == 10
+    assert "cannot be written" in capsys.readouterr().err
+    assert run([*BASE, "--json-out", str(tmp_path)]) == 10
+
+
+def a_shown_report(**changes: Any) -> dict[str, Any]:
+    from bench_reports import a_report
+
+    report = json.loads(json.dumps(a_report()))
+    report["artifact"]["file"] = "m.gguf"
+    report["environment"] |= {"cores": 2, "arithmetic": "int8"}
+    for path, value in changes.items():
+        part, _, key = path.partition("__")
+        report[part][key] = value
+    return report
+
+
+def test_the_summary_of_a_gpu_names_share_and_doubts() -> None:
+    shown = summary(a_shown_report())
+    assert "NVIDIA H200" in shown
+    assert "4,200 GB/s (measured): 13.1 %" in shown
+    assert "void" not in shown
+    shown = summary(a_shown_report(roofline__valid=False, environment__gpu_idle=False))
+    assert "this row is void" in shown
+    assert "the GPU was not idle" in shown
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("bench", "compile", "inspect", "generate"):
+        assert run([command, "--help"]) == 0
+        assert f"psigraph {command} " in capsys.readouterr().out

@@ -1,0 +1,249 @@
+"""`psigraph compile` and `psigraph inspect`: what lies in the folder, and that it is whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tiny_model import Q4, changed
+
+from psigraph import compilation
+from psigraph.build import fuse, open_model
+from psigraph.cli import run
+from psigraph.ir.text import parse_graph
+from psigraph.passes.pipeline import PIPELINE
+from psigraph.runtime.synth import synth_model, write_synth
+from psigraph.runtime.synth_vocab import SMALLEST
+
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory, kernel_cache: Path) -> Path:
+    """The tiny model, compiled for two architectures."""
+    out = tmp_path_factory.mktemp("compiled") / "deep" / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PSIGRAPH_CACHE_DIR", str(kernel_cache))
+        assert run(["compile", str(Q4), "--arch", "sm_90a", "--arch", "sm_80", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_folder_holds_every_stage(compiled: Path) -> None:
+    names = ["input", *(step.name for step in PIPELINE)]
+    assert sorted(path.name for path in (compiled / "ir").iterdir()) == [
+        f"{number:02}-{name}.txt" for number, name in enumerate(names)
+    ]
+    with open_model(Q4) as model:
+        fused = fuse(model.graph())[0]
+    assert parse_graph((compiled / "fused.txt").read_text()) == fused
+    assert (compiled / "fused.dot").read_text().startswith("digraph")
+    assert json.loads((compiled / "fused.json").read_text())["nodes"]
+    program = json.loads((compiled / "program.json").read_text())
+    assert [launch["nodes"] for launch in program["launches"]] == [
+        [out.name for out in node.outs] for node in fused.nodes
+    ]
+    for arch, folder in (("sm_90a", compiled / "kernels"), ("sm_80", compiled / "kernels" / "sm_80")):
+        texts = {path.stem for path in folder.glob("*.cu")}
+        cubins = list((compiled / "cubins" / arch).iterdir())
+        assert {path.stem for path in cubins} == texts
+        assert all(path.read_bytes().startswith(b"\x7fELF") for path in cubins)
+        assert (folder / "psigraph_device.cuh").is_file()
+    other = json.loads((compiled / "program.sm_80.json").read_text())
+    assert (program["arch"], other["arch"]) == ("sm_90a", "sm_80")
+    assert all(found["spill_bytes"] == 0 for found in (*program["resources"].values(), *other["resources"].values()))
+    assert not [path for path in compiled.parent.iterdir() if path != compiled]
+
+
+def test_kernel_texts_are_for_people(compiled: Path) -> None:
+    text = (compiled / "kernels" / "rope_attention.cu").read_text()
+    assert "qwen3.yaml:" in text.partition("extern")[0]
+
+
+def test_a_size_needs_no_file_and_is_what_synth_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_synth(tmp_path / "m.gguf", "0.6b", "q5_k_m", 1, layers=3, vocab=SMALLEST)
+    metadata, tensors = synth_model("0.6b", "q5_k_m", layers=3)
+    with open_model(path) as model:
+        found = {name: (info.dtype, info.shape) for name, info in model.file.tensors.items()}
+        assert {key: model.file.metadata[key] for key in metadata if key != "general.name"} == pytest.approx(
+            {key: value for key, value in metadata.items() if key != "general.name"}
+        )
+    embedding = found.pop("token_embd.weight")
+    assert tensors.pop("token_embd.weight") == (embedding[0], (151_936, embedding[1][1]))
+    assert found == tensors
+    assert run(["compile", "--size", "0.6B", "--quant", "Q8_0", "--arch", "sm_90a"]) == 0
+    shown = capsys.readouterr().out
+    assert "142 launches a token, 5 a layer" in shown
+    assert "repack_q8_0" in shown
+
+
+def test_a_second_run_replaces_the_first_and_a_failed_one_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = ["compile", str(Q4), "--arch", "sm_90a", "--out", str(out)]
+    assert run(given) == 0
+    (out / "program.json").write_text("old")
+    assert run([*given, "--disable-pass", "fuse_swiglu"]) == 0
+    program = (out / "program.json").read_text()
+    assert "old" not in program
+    assert [step["name"] for step in json.loads(program)["passes"] if step["disabled"]] == ["fuse_swiglu"]
+
+    written = compilation._write
+
+    def full(path: Path, text: str) -> None:
+        if path.suffix == ".cu":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(path, text)
+
+    monkeypatch.setattr(compilation, "_write", full)
+    capsys.readouterr()
+    assert run(given) == 10
+    assert capsys.readouterr().err == f"psigraph: --out {out}: cannot be written: No space left on device\n"
+    assert (out / "program.json").read_text() == program
+    assert list(tmp_path.iterdir()) == [out]
+    assert run([*given[:-1], str(tmp_path / "new")]) == 10
+    assert list(tmp_path.iterdir()) == [out]
+
+    def interrupted(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compilation, "_write", interrupted)
+    assert run(given) == 130
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        ([], 2, "MODEL.gguf or --size"),
+        ([str(Q4), "--size", "1.7b", "--quant", "q8_0"], 2, "MODEL.gguf or --size"),
+        (["--size", "1.7b"], 2, "--size and --quant go together"),
+        (["--size", "9b", "--quant", "q8_0"], 2, "0.6b, 1.7b, 4b, 8b"),
+        (["--size", "1.7b", "--quant", "q3"], 2, "q4_k_m, q5_k_m, q8_0, f16"),
+        (["--size", "1.7b", "--quant", "iq3_m"], 4, "no kernel reads iq3_s"),
+        ([str(Q4), "--arch", "sm_90"], 2, "sm_90a"),
+        ([str(Q4), "--arch", "host"], 2, "sm_80"),
+        ([str(Q4), "--disable-pass", "quantize_activations"], 2, "kernels need"),
+        ([str(Q4), "--ctx", "2049"], 2, "1 to 2048"),
+        (["absent.gguf"], 3, "no such file"),
+        (["."], 3, "not a regular file"),
+    ],
+)
+def test_refusals(
+    arguments: list[str], code: int, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["compile", *arguments, "--out", str(tmp_path / "out")]) == code
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert named in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = Q4.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole[:-100])
+    split = tmp_path / "m-00001-of-00002.gguf"
+    split.write_bytes(whole)
+    cases = {
+        cut: (3, "truncated"),
+        split: (3, "m-00002-of-00002.gguf"),
+        changed(tmp_path / "a", b"\x05\0\0\0\0\0\0\0qwen3", b"\x05\0\0\0\0\0\0\0llama"): (4, "general.architecture"),
+        changed(tmp_path / "t", b"blk.7.ffn_up.weight", b"blk.7.ffn_xp.weight"): (3, "blk.7.ffn_up.weight"),
+    }
+    for path, (code, named) in cases.items():
+        for command in ("compile", "inspect"):
+            assert run([command, str(path)]) == code
+            shown = capsys.readouterr().err
+            assert shown.count("\n") == 1
+            assert named in shown
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "below", tmp_path):
+        assert run(["compile", str(Q4), "--out", str(out)]) == 10
+        assert f"--out {out}" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+STAGES = (
+    ["--stage", "model"],
+    ["--stage", "fused"],
+    ["--stage", "fused", "--layer", "2", "--format", "json"],
+    ["--stage", "program"],
+    ["--stage", "program", "--layer", "7"],
+    ["--after", "fuse_attention", "--format", "dot"],
+    ["--diff", "fuse_swiglu", "--layer", "0"],
+    ["--kernel", "rope_attention"],
+    ["--kernel", "embed_norm", "--format", "json"],
+    ["--layer", "0"],
+)
+
+
+@pytest.mark.parametrize("arguments", STAGES, ids=" ".join)
+def test_a_folder_shows_what_the_model_shows(
+    arguments: list[str], compiled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(compiled), *arguments]) == 0
+    of_folder = capsys.readouterr().out
+    assert run(["inspect", str(Q4), *arguments]) == 0
+    assert capsys.readouterr().out == of_folder
+    assert of_folder.strip()
+
+
+def test_a_diff_shows_what_the_pass_did_and_only_that(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(compiled), "--diff", "fuse_swiglu", "--layer", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("+ ")).startswith("+  %L0.act: f32[768] = matvec_swiglu(")
+    assert sum(line.startswith("- ") for line in lines) == 3
+    assert run(["inspect", str(compiled), "--diff", "fuse_choice", "--layer", "0"]) == 0
+    assert capsys.readouterr().out == "fuse_choice changed nothing here\n"
+
+
+def test_the_overview(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(Q4)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("8,919,296 parameters", "Q4_K_M: 48 q4_k, 9 q6_k", "head_dim 128", "merge_qkv", "rope_attention"):
+        assert part in shown
+    assert run(["inspect", str(compiled)]) == 0
+    assert "sm_90a" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--stage", "fused", "--after", "merge_qkv"], "--stage and --after"),
+        (["--after", "nope"], "merge_qkv"),
+        (["--diff", "input"], "merge_qkv"),
+        (["--kernel", "nope"], "rope_attention"),
+        (["--layer", "8"], "layers 0 to 7"),
+        (["--stage", "program", "--format", "dot"], "only graphs"),
+        (["--diff", "merge_qkv", "--format", "json"], "--format json"),
+        (["--stage", "kernel"], "--stage"),
+    ],
+)
+def test_inspect_refuses(arguments: list[str], named: str, compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model in (Q4, compiled):
+        assert run(["inspect", str(model), *arguments]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.count("\n") == 1
+        assert named in shown.err
+
+
+def test_inspect_refuses_folders_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases: dict[str, str] = {"empty": "", "torn": "{", "other": "{}"}
+    for name, text in cases.items():
+        folder = tmp_path / name
+        (folder / "ir").mkdir(parents=True)
+        if text:
+            (folder / "program.json").write_text(text)
+        assert run(["inspect", str(folder)]) == 2
+        assert str(folder) in capsys.readouterr().err
+    assert run(["inspect", str(tmp_path / "empty"), "--arch", "sm_80"]) == 2
