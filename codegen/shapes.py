@@ -19,7 +19,8 @@ from ..ir.errors import UnsupportedModelError
 from .target import Target
 
 MAX_SLICE = 4  # superblocks a warp keeps in registers: 12 registers each
-MAX_WARPS = 16
+MAX_WARPS = 16  # of the built-in shapes
+MOST_WARPS = 31  # that a block can have beside the errand warp
 RING_LIMIT = 112 * 1024  # bytes of ring a block: two kernels resident on an SM with 227 KB
 
 
@@ -66,10 +67,14 @@ def product_shape(
     if column_warps is None:
         column_warps = _column_warps(superblocks)
     slice_ = -(-superblocks // column_warps)
-    if slice_ > MAX_SLICE or column_warps > 32:
-        raise UnsupportedModelError(f"a product over {superblocks * 256} columns is wider than kernels support (32768)")
+    if slice_ > MAX_SLICE or column_warps > MOST_WARPS:
+        raise UnsupportedModelError(f"a product over {superblocks * 256} columns is wider than kernels support (31744)")
     if tile_warps is None:
         tile_warps = max(1, min(MAX_WARPS // column_warps, tiles_per_block // 2))
+    if column_warps * tile_warps > MOST_WARPS or column_warps > superblocks:
+        raise UnsupportedModelError(
+            f"{column_warps} x {tile_warps} warps do not fit a product over {superblocks * 256} columns"
+        )
     items = -(-tiles_per_block // tile_warps)
     item_bytes = slice_ * superblock_bytes
     warps = column_warps * tile_warps
@@ -96,4 +101,4 @@ def _column_warps(superblocks: int) -> int:
             return min(even, key=lambda w: (abs(w - 8), w))
     if superblocks < 4:
         return superblocks
-    return min(32, -(-superblocks // 3) if superblocks <= 48 else -(-superblocks // MAX_SLICE))
+    return min(MOST_WARPS, -(-superblocks // 3) if superblocks <= 48 else -(-superblocks // MAX_SLICE))

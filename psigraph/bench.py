@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from .build import Model
 from .environment import GpuSnapshot, machine_record, peak_memory_bytes, seconds_since_start
 from .ir.errors import UsageError
 from .policy import Admission
+from .profile import POSITIONS, Profile, measure_profile
 from .report import build_report
 from .runtime.gguf_file import GgufFile
 from .session import Session, check_ids, open_session, vocabulary_of
@@ -86,15 +88,22 @@ class Run:
         return 1e3 * len(self.tokens) / self.decode_ms
 
 
-def run_bench(
+@dataclass(frozen=True)
+class Bench:
+    """An open session for benchmarks, with what the policy said of its file and what the GPU did before."""
+
+    session: Session
+    admission: Admission
+    model_size: str
+    snapshot: GpuSnapshot | None
+
+
+@contextmanager
+def prepared(
     path: str | os.PathLike[str],
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
+    work: Work,
     backend: str = "auto",
     *,
-    repeats: int = 3,
-    mode: str = "chained",
-    depth: int = 0,
     ctx: int | None = None,
     device: int = 0,
     graph: bool = True,
@@ -102,16 +111,15 @@ def run_bench(
     model_size: str | None = None,
     allow_blocked: bool = False,
     expect_sha256: str | None = None,
+    extra_positions: int = 0,
     on_admission: Callable[[Admission], None] | None = None,
-    on_run: Progress | None = None,
     **hooks: Any,
-) -> dict[str, Any]:
-    """The report of a benchmark, as `report.build_report` makes it; nothing is written.
+) -> Iterator[Bench]:
+    """A session in which `work` can be measured.
 
     The GPU's state is asked for first, then the policy; only an admitted file's weights are read. hooks: on_load and
-    on_compile of `open_session`, on_hash of `admit_file`; on_run(runs done, runs in all).
+    on_compile of `open_session`, on_hash of `admit_file`. extra_positions: that a profile needs besides.
     """
-    work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth)
     snapshot = GpuSnapshot() if backend in ("auto", "cuda") else None
     on_hash = hooks.pop("on_hash", None)
     admissions: list[Admission] = []
@@ -127,11 +135,60 @@ def run_bench(
         check_ids(work.prompt, vocabulary_of(model))
         sizes.append(check_model_size(model, model_size))
 
-    outputs = ("logits",) if mode == "forced" else ()
+    outputs = ("logits",) if work.mode == "forced" else ()
+    positions = work.positions + extra_positions
     with open_session(
-        path, backend, device, ctx, outputs, graph, disable, positions=work.positions, admit=admit, check=check, **hooks
+        path, backend, device, ctx, outputs, graph, disable, positions=positions, admit=admit, check=check, **hooks
     ) as session:
-        return measure(session, work, admissions[0], sizes[0], snapshot, on_run)
+        yield Bench(session, admissions[0], sizes[0], snapshot)
+
+
+def run_bench(
+    path: str | os.PathLike[str],
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    backend: str = "auto",
+    *,
+    repeats: int = 3,
+    mode: str = "chained",
+    depth: int = 0,
+    profile: bool = False,
+    on_run: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The report of a benchmark, as `report.build_report` makes it; nothing is written.
+
+    options: those of `prepared`. profile: time every kernel of the step too. on_run(runs done, runs in all).
+    """
+    work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth)
+    with prepared(path, work, backend, extra_positions=POSITIONS if profile else 0, **options) as bench:
+        return measure(bench.session, work, bench.admission, bench.model_size, bench.snapshot, on_run, profile=profile)
+
+
+def run_sweep(
+    path: str | os.PathLike[str],
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    backend: str = "auto",
+    *,
+    depths: Sequence[int],
+    repeats: int = 3,
+    mode: str = "chained",
+    on_run: Progress | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """One report a depth, all from one session. options: those of `prepared`."""
+    works = [Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth) for depth in depths]
+    if not works:
+        raise UsageError("--sweep: give at least one depth, such as depth=0,1024")
+    deepest = max(works, key=lambda work: work.depth)
+    with prepared(path, deepest, backend, **options) as bench:
+        reports = []
+        for index, work in enumerate(works):
+            reports.append(measure(bench.session, work, bench.admission, bench.model_size, bench.snapshot))
+            if on_run:
+                on_run(index + 1, len(works))
+        return reports
 
 
 def measure(
@@ -141,6 +198,8 @@ def measure(
     model_size: str,
     snapshot: GpuSnapshot | None = None,
     on_run: Progress | None = None,
+    *,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """The report of a session's benchmark: warm-up, runs, step times, then the memory's bandwidth."""
     timings: dict[str, Any] = dict(session.timings)
@@ -161,6 +220,11 @@ def measure(
     timings["step_us"] = step_quantiles(session, work)
     artifact = artifact_record(session.model)
     artifact["bytes_per_token"] = bytes_per_token(session, work)
+    bandwidth = roofline(session, work)
+    kernels: list[dict[str, Any]] = []
+    if profile:
+        found = kernel_times(session, work, bandwidth)
+        kernels, timings["profile"] = found.kernels(), found.summary()
     return build_report(
         model_path=str(session.model.file.path),
         model_size=model_size,
@@ -173,7 +237,8 @@ def measure(
         environment=environment(session, snapshot),
         artifact=artifact,
         timings=timings,
-        roofline=roofline(session, work),
+        roofline=bandwidth,
+        kernels=kernels,
         decode_row=work.mode,
         depth=work.depth,
     )
@@ -265,6 +330,18 @@ def roofline(session: Session, work: Work) -> dict[str, float] | None:
         "read_bandwidth_gb_s": session.engine.read_bandwidth() / 1e9,
         "bytes_per_token": bytes_per_token(session, work),
     }
+
+
+def kernel_times(session: Session, work: Work, bandwidth: dict[str, float] | None) -> Profile:
+    """Every kernel of the step at the runs' mean position (`profile`); UsageError where no kernels run."""
+    from .runtime.engine import Engine
+
+    engine, program = session.engine, session.program
+    if program is None or not isinstance(engine, Engine):
+        raise UsageError("--profile: the backend cpu runs no kernels; take cuda, or host to try it out")
+    read = 1e9 * bandwidth["read_bandwidth_gb_s"] if bandwidth else None
+    ids = filler_ids(min(int(work.mean_position) or 1, engine.context - POSITIONS), session.vocabulary)
+    return measure_profile(engine, str(program.notes["arch"]), ids, read)
 
 
 def environment(session: Session, snapshot: GpuSnapshot | None) -> dict[str, Any]:

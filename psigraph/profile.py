@@ -23,6 +23,7 @@ from .runtime.kernel_cache import KernelCache, default_cache_dir
 
 STEPS = 40
 WARM_UP = 10
+POSITIONS = WARM_UP + STEPS  # that a profile fills after its ids
 BETWEEN = "between steps"
 
 
@@ -49,32 +50,31 @@ class Row:
 
 @dataclass(frozen=True)
 class Profile:
-    """The rows, and what they should add up to: the step as events measured it, without stamps."""
+    """The rows, what they add up to, and the step as events measured it without stamps, microseconds."""
 
     rows: tuple[Row, ...]
     step_us: float
     plain_step_us: float
     position: int
 
-    def record(self) -> dict[str, Any]:
+    def kernels(self) -> list[dict[str, Any]]:
         """For a report's `kernels` key."""
-        return {
-            "position": self.position,
-            "step_us": self.step_us,
-            "step_us_without_stamps": self.plain_step_us,
-            "rows": [
-                {
-                    "name": row.kernel,
-                    "launches": row.launches,
-                    "us": row.us,
-                    "own_us": row.own_us,
-                    "handover_us": row.handover_us,
-                    "bytes": row.nbytes,
-                    "share_of_read_bandwidth": row.share,
-                }
-                for row in self.rows
-            ],
-        }
+        return [
+            {
+                "name": row.kernel,
+                "launches": row.launches,
+                "us": row.us,
+                "own_us": row.own_us,
+                "handover_us": row.handover_us,
+                "bytes": row.nbytes,
+                "share_of_read_bandwidth": row.share,
+            }
+            for row in self.rows
+        ]
+
+    def summary(self) -> dict[str, float]:
+        """For a report's timings: what the rows add up to, and the step without stamps."""
+        return {"position": self.position, "rows_us": self.step_us, "step_us": self.plain_step_us}
 
 
 def measure_profile(
@@ -85,7 +85,7 @@ def measure_profile(
     bandwidth: measured read bandwidth in bytes per second, or None. UsageError if the
     context cannot hold ids and steps.
     """
-    needed = len(ids) + 2 * (WARM_UP + steps)
+    needed = len(ids) + WARM_UP + steps
     if needed > engine.context:
         raise UsageError(
             f"a profile needs {needed} positions and the context has {engine.context}; give a larger --ctx"

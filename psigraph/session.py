@@ -27,6 +27,7 @@ from .ir.program import Program
 from .report import ENGINES
 from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import KernelCache, default_cache_dir
+from .tuned import load_tuned
 
 if TYPE_CHECKING:
     from .runtime.driver import DeviceFacts, Driver
@@ -174,7 +175,7 @@ def open_session(
     graph        replay a captured CUDA graph; False launches kernel after kernel.
     disable      passes to leave out.
     positions    how many positions the caller is going to fill, or a function that says so for the opened model.
-    shapes       launch shapes that tuning found, see `codegen.lower.lower`.
+    shapes       launch shapes, see `codegen.lower.lower`; None: those that `psigraph tune` kept for this GPU.
     cache_dtype  "f16" or "f32"; f32 in numpy only.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
@@ -299,6 +300,12 @@ class _Opener:
         self._lap("driver_ms", began)
         return self._on_device("host", model, fused, ends, driver)
 
+    def _shapes(self, backend: str, facts: DeviceFacts) -> dict[str, dict[str, int]]:
+        """The shapes asked for, or those that `psigraph tune` keeps for this GPU, or the built-in ones."""
+        if self.shapes is not None:
+            return self.shapes
+        return load_tuned(facts) if backend == "cuda" else {}
+
     def _on_device(self, backend: str, model: Model, fused: Graph, ends: tuple[int, ...], driver: Driver) -> Session:
         from .runtime.compiler import compile_program
         from .runtime.engine import Engine
@@ -309,7 +316,8 @@ class _Opener:
             arch = "host" if backend == "host" else arch_of_capability(*facts.capability)
             target = target_for(arch, facts.sm_count)
             began = time.perf_counter()
-            program = lower(fused, target, self.shapes)
+            shapes = self._shapes(backend, facts)
+            program = lower(fused, target, shapes)
             self._lap("lower_ms", began)
             began = time.perf_counter()
             compiled = compile_program(program, arch, KernelCache(default_cache_dir()), self.on_compile)
@@ -327,6 +335,7 @@ class _Opener:
             "capability": ".".join(map(str, facts.capability)),
             "multiprocessors": facts.sm_count,
             "arch": arch,
+            "launch_shapes": "tuned" if shapes else "built in",
             "arithmetic": "int8 dot products of two digits, float32 sums, f16 cache",
             "graph": self.graph,
             "device_bytes": engine.arena_bytes,

@@ -8,9 +8,11 @@ from typing import Any
 
 import click
 
-from ..json_file import check_writable
+from ..ir.errors import UsageError
+from ..json_file import check_writable, read_json, write_json_atomically
 from ..policy import Admission
-from .options import MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
+from ..report import validate_report
+from .options import DEPTHS, MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
 from .stages import stages
 
 EPILOG = """\b
@@ -22,7 +24,9 @@ warms up and is not counted.
 Examples:
   psigraph bench --model-path qwen3-1.7b.gguf --artifact-kind gguf --model-size 1.7b --backend cuda \\
       --prompt-token-ids 151644 --max-new-tokens 512 --repeats 3 --json-out report.json
-  psigraph bench --model-path qwen3-1.7b.gguf --mode forced --depth 4096 --max-new-tokens 128"""
+  psigraph bench --model-path qwen3-1.7b.gguf --mode forced --depth 4096 --max-new-tokens 128
+  psigraph bench --model-path qwen3-1.7b.gguf --profile --baseline report.json
+  psigraph bench --model-path qwen3-1.7b.gguf --sweep depth=0,512,1024,4096,16384 --max-new-tokens 64"""
 
 
 @click.command("bench", epilog=EPILOG)
@@ -55,6 +59,16 @@ Examples:
     metavar="N",
     help="Fill N positions first, untimed.",
 )
+@click.option("--profile", is_flag=True, help="Time every kernel of the step: its own time, its hand-over, its bytes.")
+@click.option(
+    "--sweep",
+    type=DEPTHS,
+    metavar="depth=N,N,...",
+    help="Measure at several depths in one process; --json-out is then a folder's name, one report in it a depth.",
+)
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), metavar="R", help="Compare with this report of the same work."
+)
 @run_options
 @admission_options
 @click.option("--json-out", type=click.Path(path_type=Path), metavar="R", help="Write the report here.")
@@ -68,6 +82,9 @@ def command(
     repeats: int,
     mode: str,
     depth: int,
+    profile: bool,
+    sweep: tuple[int, ...] | None,
+    baseline: Path | None,
     device: int,
     ctx: int | None,
     no_graph: bool,
@@ -81,40 +98,59 @@ def command(
     At least three repeats make a row that can be cited; fewer are for trying things out.
     """
     del artifact_kind  # there is one kind; the option keeps command lines of other tools working
+    if sweep and (profile or baseline or depth):
+        raise UsageError("--sweep goes without --profile, --baseline and --depth: give it the depths, and nothing more")
     if json_out is not None:
-        check_writable(json_out)
+        check_writable(json_out / "report.json" if sweep and json_out.is_dir() else json_out)
+    before = read_json(baseline) if baseline is not None else None
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
-    from ..bench import run_bench
-    from ..report import validate_report, write_json_atomically
+    from ..baseline import compare_reports
+    from ..bench import run_bench, run_sweep
 
     with stages() as bars:
-        report = run_bench(
-            model_path,
-            prompt,
-            max_new_tokens,
-            backend,
-            repeats=repeats,
-            mode=mode,
-            depth=depth,
-            ctx=ctx,
-            device=device,
-            graph=not no_graph,
-            disable=disable,
-            model_size=model_size,
-            allow_blocked=allow_blocked,
-            expect_sha256=expect_sha256,
-            on_admission=_warn,
-            on_hash=bars.bar(f"hashing {model_path.name}", in_bytes=True),
-            on_compile=bars.bar("compiling kernels"),
-            on_load=bars.bar("loading weights", in_bytes=True),
-            on_run=bars.bar("measuring"),
-        )
+        options: dict[str, Any] = {
+            "repeats": repeats,
+            "mode": mode,
+            "ctx": ctx,
+            "device": device,
+            "graph": not no_graph,
+            "disable": disable,
+            "model_size": model_size,
+            "allow_blocked": allow_blocked,
+            "expect_sha256": expect_sha256,
+            "on_admission": _warn,
+            "on_hash": bars.bar(f"hashing {model_path.name}", in_bytes=True),
+            "on_compile": bars.bar("compiling kernels"),
+            "on_load": bars.bar("loading weights", in_bytes=True),
+            "on_run": bars.bar("measuring"),
+        }
+        if sweep:
+            reports = run_sweep(model_path, prompt, max_new_tokens, backend, depths=sweep, **options)
+        else:
+            reports = [run_bench(model_path, prompt, max_new_tokens, backend, depth=depth, profile=profile, **options)]
+    if sweep:
+        click.echo(sweep_table(reports))
+        if json_out is not None:
+            json_out.mkdir(parents=True, exist_ok=True)
+        targets = [json_out / f"depth-{report['depth']}.json" if json_out else None for report in reports]
+    else:
+        click.echo(summary(reports[0]))
+        if profile:
+            click.echo(profile_table(reports[0]))
+        if before is not None:
+            click.echo("\n".join(compare_reports(reports[0], before)))
+        targets = [json_out]
+    for report, target in zip(reports, targets, strict=True):
+        _keep(report, target)
+
+
+def _keep(report: dict[str, Any], target: Path | None) -> None:
+    """Check a report and write it."""
     for problem in validate_report(report):
         click.echo(f"psigraph: warning: report: {problem}", err=True)
-    click.echo(summary(report))
-    if json_out is not None:
-        write_json_atomically(json_out, report)
-        click.echo(f"report: {json_out}")
+    if target is not None:
+        write_json_atomically(target, report)
+        click.echo(f"report: {target}")
 
 
 def _warn(admission: Admission) -> None:
@@ -151,6 +187,38 @@ def summary(report: dict[str, Any]) -> str:
     if steps:
         lines.append(f"  steps   p10 {steps['p10']:,.1f}  p50 {steps['p50']:,.1f}  p90 {steps['p90']:,.1f} us")
     return "\n".join(lines + _roofline_lines(report))
+
+
+def profile_table(report: dict[str, Any]) -> str:
+    """The kernels of a step, for people; the rows add up to the step."""
+    profile = report["timings"]["profile"]
+    lines = [
+        "",
+        f"  one step at position {profile['position']}: {profile['step_us']:,.1f} us; "
+        f"the rows add up to {profile['rows_us']:,.1f} us",
+        f"  {'kernel':26} {'launches':>8} {'us':>9} {'own':>9} {'hand-over':>9} {'MB':>8} {'of bandwidth':>12}",
+    ]
+    for row in report["kernels"]:
+        share = row["share_of_read_bandwidth"]
+        lines.append(
+            f"  {row['name']:26} {row['launches']:8} {row['us']:9.1f} {row['own_us']:9.1f} {row['handover_us']:9.1f} "
+            f"{row['bytes'] / 1e6:8.1f} " + (f"{100 * share:10.1f} %" if share is not None else f"{'-':>12}")
+        )
+    return "\n".join(lines)
+
+
+def sweep_table(reports: list[dict[str, Any]]) -> str:
+    """A line a depth: rate, its spread, and what a token costs more than at the first depth."""
+    first = reports[0]["timings"]["step_us"].get("p50")
+    lines = [summary(reports[0]), "", f"  {'depth':>7} {'tok/s':>9} {'spread':>8} {'step us':>9} {'more us':>9}"]
+    for report in reports:
+        rates = [run["decode_tokens_per_second"] for run in report["runs"]]
+        step = report["timings"]["step_us"].get("p50")
+        spread = 100 * (max(rates) - min(rates)) / median(rates)
+        more = f"{step - first:9.1f}" if step and first else f"{'-':>9}"
+        shown = f"{step:9.1f}" if step else f"{'-':>9}"
+        lines.append(f"  {report['depth']:7} {median(rates):9.1f} {spread:6.1f} % {shown} {more}")
+    return "\n".join(lines)
 
 
 def _costs(timings: dict[str, Any]) -> list[str]:

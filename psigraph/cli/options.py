@@ -40,6 +40,22 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 
 
 TOKEN_IDS = TokenIds()
+
+
+class Depths(click.ParamType[tuple[int, ...]]):
+    """`depth=0,512,1024` -> (0, 512, 1024)."""
+
+    name = "depths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        if not re.fullmatch(r"depth=\d{1,7}(,\d{1,7})*", value, re.ASCII):
+            self.fail(f"{value[:40]!r}: give depths as depth=0,512,1024", param, ctx)
+        return tuple(int(part) for part in value.removeprefix("depth=").split(","))
+
+
+DEPTHS = Depths()
 # Existence is not asked here: the reader of model files has the better words for what is wrong with one.
 MODEL_PATH = click.Path(path_type=Path)
 

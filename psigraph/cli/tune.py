@@ -1,0 +1,65 @@
+"""`psigraph tune`: measures launch shapes on the GPU that is here and keeps the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..ir.errors import UsageError
+from .options import MODEL_PATH, backend_option
+from .stages import stages
+
+EPILOG = """\b
+Every class of product is tried in place, in the whole step, with cold weights. What is found is kept in the
+cache folder for this GPU, and every later command uses it. Without it the built-in shapes are used.
+
+\b
+Examples:
+  psigraph tune qwen3-1.7b.gguf
+  psigraph tune qwen3-1.7b.gguf --seconds 20 --dry-run"""
+
+
+@click.command("tune", epilog=EPILOG)
+@click.argument("model", type=MODEL_PATH)
+@backend_option("cuda")
+@click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU.")
+@click.option("--seconds", type=click.FloatRange(1, 3600), default=60.0, show_default=True, help="When to stop trying.")
+@click.option("--dry-run", is_flag=True, help="Measure and print; keep nothing.")
+def command(model: Path, backend: str, device: int, seconds: float, dry_run: bool) -> None:
+    """Find the launch shapes that make a step of MODEL fastest on this GPU."""
+    if backend not in ("cuda", "host"):
+        raise UsageError(f"--backend {backend}: launch shapes need kernels; take cuda, or host to try the command out")
+    from ..session import open_session
+    from ..tune import target_of, tune
+    from ..tuned import save_tuned
+
+    with stages() as bars:
+        session = open_session(
+            model,
+            backend,
+            device,
+            shapes={},
+            on_compile=bars.bar("compiling kernels"),
+            on_load=bars.bar("loading weights", in_bytes=True),
+        )
+    with session:
+        facts = session.device_facts
+        assert facts is not None
+
+        def show(name: str, shape: str, us: float, fastest: float) -> None:
+            click.echo(f"  {us:10.1f} us  best {fastest:10.1f}  {name}: {shape}", err=True)
+
+        found = tune(session, target_of(session), seconds, show)
+        click.echo(
+            f"{facts.name}: {found.tried} shapes in {found.seconds:.0f} s; a step took {found.before_us:,.1f} us and "
+            f"takes {found.after_us:,.1f} us now"
+        )
+        for name, shape in found.shapes.items():
+            click.echo(f"  {name}: " + ", ".join(f"{key} {value}" for key, value in shape.items()))
+        if dry_run or not found.shapes:
+            click.echo("kept nothing" if dry_run else "the built-in shapes are the fastest: kept nothing")
+        elif backend == "host":
+            click.echo("kept nothing: times on the host target say nothing about a GPU")
+        else:
+            click.echo(f"kept in {save_tuned(facts, found.shapes)}")
