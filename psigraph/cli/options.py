@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..policy import OVERRIDE_OPTION
+
+if TYPE_CHECKING:
+    _Ids = click.ParamType[tuple[int, ...]]
+else:
+    _Ids = click.ParamType  # generic in click's newest versions only
 
 Command = Callable[..., Any]
 
@@ -19,7 +24,7 @@ BACKEND_HELP = (
 )
 
 
-class TokenIds(click.ParamType[tuple[int, ...]]):
+class TokenIds(_Ids):
     """`1,2,3` or `1 2 3` -> (1, 2, 3)."""
 
     name = "ids"
@@ -42,7 +47,7 @@ class TokenIds(click.ParamType[tuple[int, ...]]):
 TOKEN_IDS = TokenIds()
 
 
-class Depths(click.ParamType[tuple[int, ...]]):
+class Depths(_Ids):
     """`depth=0,512,1024` -> (0, 512, 1024)."""
 
     name = "depths"
