@@ -229,8 +229,10 @@ def _check_statement(
         op.operand_names(len(statement.ins))
         results = op.result_names(len(statement.ins), dict(statement.attrs))
         keys = {key for key, _ in statement.attrs}
-        op.check_attributes({key: kind() for key, kind in {**op.attributes, **op.optional}.items() if key in keys}
-                            | dict.fromkeys(keys - {*op.attributes, *op.optional}, 0))
+        op.check_attributes(
+            {key: kind() for key, kind in {**op.attributes, **op.optional}.items() if key in keys}
+            | dict.fromkeys(keys - {*op.attributes, *op.optional}, 0)
+        )
     except TypeMismatch as problem:
         raise line_error(spec, statement, str(problem), statement.op) from None
     if len(results) != len(statement.outs):
@@ -239,5 +241,3 @@ def _check_statement(
 
 def line_error(spec: ModelSpec, statement: Statement, message: str, at: str) -> SpecError:
     return spec.line_error(statement.line, message, at)
-
-

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from gguf.constants import GGML_QUANT_SIZES
+
 from psigraph.ir.errors import ModelFileError
 from psigraph.runtime import gguf_cursor
 from psigraph.runtime.ggml_types import BY_NAME, GGML_TYPES, first_not_finite, tensor_bytes

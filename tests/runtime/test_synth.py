@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFReader, quants
+
 from psigraph.ir.errors import OutputError, UsageError
 from psigraph.runtime import synth
 from psigraph.runtime.ggml_types import tensor_bytes

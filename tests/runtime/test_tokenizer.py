@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import tokenizers
+
 from psigraph.ir.errors import ModelFileError, UnsupportedModelError, UsageError
 from psigraph.runtime.byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
 from psigraph.runtime.gguf_file import open_gguf
