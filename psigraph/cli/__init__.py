@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "Measure how many tokens a second a model decodes, and write a report.",
     "generate": "Continue a text with a model.",
     "synth": "Write a synthetic model file with a real model's exact shapes.",
+    "ablate": "Measure what each pass and feature is worth.",
     "tune": "Find the launch shapes that are fastest on this GPU, and keep them.",
     "compare": "Measure other runtimes and psigraph in turns on one file.",
     "matrix": "Merge reports into the comparator matrix, its tables and its chart.",

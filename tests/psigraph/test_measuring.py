@@ -122,6 +122,26 @@ def test_tune_tries_shapes_and_keeps_nothing_from_the_stand_in(measured: tuple[P
     assert not (measured[0] / "tuned").exists()
 
 
+def test_ablate_has_a_row_for_every_pass_and_feature(
+    measured: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    from psigraph.passes.pipeline import PIPELINE
+
+    done = psigraph(
+        *["ablate", str(TINY), "--backend", "host", "--depth", "1", "--steps", "4"],
+        *["--json-out", str(tmp_path / "ablation.json")],
+        cache=measured[0],
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "ablation.json").read_text())
+    passes = [f"pass {entry.name}" for entry in PIPELINE if not entry.lowering]
+    rows = {row["off"]: row for row in record["rows"]}
+    assert list(rows) == ["everything on", "programmatic edges", "everything on, again", *passes, "all passes"]
+    assert rows["everything on"]["kernels"] == 42
+    assert all(rows[name]["kernels"] > 42 for name in (*passes, "all passes"))
+    assert all(row["step_us"] > 0 for row in rows.values())
+
+
 def test_tuned_shapes_survive_only_if_they_make_sense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from psigraph.runtime.driver import DeviceFacts
 

@@ -1,0 +1,86 @@
+"""`psigraph ablate`: times a step with each pass or feature off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..json_file import check_writable, write_json_atomically
+from ..policy import Admission
+from .options import MODEL_PATH, admission_options, backend_option
+
+if TYPE_CHECKING:
+    from ..ablation import Row
+
+EPILOG = """\b
+Rows are medians over whole dependent steps; the row with everything on is measured twice, and what the two
+differ by is the noise of all others.
+
+\b
+Examples:
+  psigraph ablate qwen3-1.7b.gguf --json-out ablation.json
+  psigraph ablate qwen3-1.7b.gguf --depth 4096 --ctx 8192"""
+
+
+@click.command("ablate", epilog=EPILOG)
+@click.argument("model", type=MODEL_PATH)
+@backend_option()
+@click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU.")
+@click.option("--ctx", type=click.IntRange(1), metavar="N", help="Positions that the KV cache holds.")
+@click.option(
+    "--depth", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Fill N positions first."
+)
+@click.option("--steps", type=click.IntRange(4), default=100, show_default=True, metavar="N", help="Timed steps a row.")
+@admission_options
+@click.option("--json-out", type=click.Path(path_type=Path), metavar="R", help="Write the rows here.")
+def command(
+    model: Path,
+    backend: str,
+    device: int,
+    ctx: int | None,
+    depth: int,
+    steps: int,
+    allow_blocked: bool,
+    expect_sha256: str | None,
+    json_out: Path | None,
+) -> None:
+    """Measure what each pass and feature is worth: MODEL's step with one of them off at a time."""
+    if json_out is not None:
+        check_writable(json_out)
+    from ..ablation import ablate
+
+    first: list[float] = []
+
+    def show(row: Row) -> None:
+        first.append(row.step_us)
+        click.echo(
+            f"  {row.off:32} {row.kernels:5} kernels {row.step_us:10.1f} us  {row.step_us - first[0]:+9.1f}"
+            f"   middle half {row.spread_us:.1f} us wide"
+        )
+
+    warned: list[str] = []
+
+    def warn(admission: Admission) -> None:
+        for warning in admission.warnings:
+            if warning not in warned:
+                click.echo(f"psigraph: warning: {warning}", err=True)
+                warned.append(warning)
+
+    click.echo(f"  {'off':32} {'':13} {'step':>10}     {'more than everything on'}")
+    record = ablate(
+        model,
+        backend,
+        depth=depth,
+        steps=steps,
+        report=show,
+        device=device,
+        ctx=ctx,
+        allow_blocked=allow_blocked,
+        expect_sha256=expect_sha256,
+        on_admission=warn,
+    )
+    if json_out is not None:
+        write_json_atomically(json_out, record)
+        click.echo(f"report: {json_out}")
