@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,18 @@ def test_an_interrupt_ends_the_line(monkeypatch: pytest.MonkeyPatch, capfd: pyte
     monkeypatch.setattr(sessions.Session, "decode", decode)
     assert run([*BASE, "--prompt", "a"]) == 130
     assert capfd.readouterr().out.endswith("\n")
+
+
+def test_ctrl_c_ends_a_running_process_at_once() -> None:
+    command = [sys.executable, "-m", "psigraph", "generate", str(Q4), "--backend", "cpu", "--output", "ids"]
+    command += ["--prompt-token-ids", "0", "--max-new-tokens", "2000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)  # it decodes
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"Traceback" not in error
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tiny_model import Q4, reference_greedy
 
 from psigraph.report import read_json, validate_report
@@ -50,3 +51,17 @@ except DeviceError as error:
     lines = done.stdout.splitlines()
     assert lines[0].startswith("cpu the stand-in driver is loaded")
     assert "--backend host" in lines[1]
+
+
+def test_out_of_memory_says_how_much_and_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PSIGRAPH_HOST_MEMORY", str(20 << 20))
+    given = ("generate", str(Q4), "--backend", "host", "--prompt-token-ids", "0", "--max-new-tokens", "1")
+    done = psigraph(*given)
+    assert done.returncode == 8
+    assert done.stdout == ""
+    line = done.stderr.splitlines()[-1]
+    assert "context of 2048 tokens" in line
+    assert "20 MiB are free; lower --ctx" in line
+    monkeypatch.setenv("PSIGRAPH_HOST_MEMORY", str(80 << 20))  # 64 MiB of it for loading
+    assert psigraph(*given).returncode == 8
+    assert psigraph(*given, "--ctx", "64", "--no-graph").returncode == 0
