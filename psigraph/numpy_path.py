@@ -103,6 +103,17 @@ class NumpyEngine:
         slots[: len(self._end_tokens)] = self._end_tokens
         self.position = 0
 
+    def rewind(self, position: int) -> None:
+        """Back to an earlier position: what the caches hold before it stays. Go on with `feed`.
+
+        UsageError for a position that was not reached.
+        """
+        if not 0 <= position <= self.position:
+            raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
+        self.reset()
+        self._state["position"] = np.array([position], np.int32)
+        self.position = position
+
     def step(self) -> None:
         """One decode step."""
         if self.position >= self.context:

@@ -50,6 +50,7 @@ class DecodeEngine(Protocol):
     def has_logits(self) -> bool: ...
 
     def reset(self) -> None: ...
+    def rewind(self, position: int) -> None: ...
     def synchronize(self) -> None: ...
     def feed(self, ids: Sequence[int], on_step: Callable[[int], None] | None = None) -> None: ...
     def decode(self, count: int, chunk: int = ...) -> Iterator[list[int]]: ...
@@ -106,6 +107,10 @@ class Session:
     def reset(self) -> None:
         """Back to position 0."""
         self.engine.reset()
+
+    def rewind(self, position: int) -> None:
+        """Back to an earlier position, as if nothing after it had been fed; UsageError if it was not reached."""
+        self.engine.rewind(position)
 
     def feed(self, ids: Sequence[int]) -> None:
         """Take in token ids; UsageError for none, for one outside the vocabulary, or too many for the context."""
@@ -169,7 +174,7 @@ def open_session(
 
     backend      "cuda", "host" (generated kernels on this machine's CPU), "cpu" (numpy), or "auto": a GPU if one
                  works, else numpy.
-    device       number of the GPU.
+    device       number of the GPU; the stand-in driver has one.
     ctx          positions that the caches hold; None: 4096, or `positions` if that is more, as far as the model allows.
     outputs      ("logits",) to read logits back.
     graph        replay a captured CUDA graph; False launches kernel after kernel.
@@ -296,7 +301,7 @@ class _Opener:
 
         began = time.perf_counter()
         host.activate()
-        driver = _start_driver(0)
+        driver = _start_driver(self.device)
         self._lap("driver_ms", began)
         return self._on_device("host", model, fused, ends, driver)
 

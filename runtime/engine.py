@@ -201,6 +201,18 @@ class Engine:
         self.synchronize()
         self.position = 0
 
+    def rewind(self, position: int) -> None:
+        """Back to an earlier position: what the caches hold before it stays, the rest is never read again.
+
+        Go on with `feed`. UsageError for a position that was not reached.
+        """
+        if not 0 <= position <= self.position:
+            raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
+        self.reset()
+        if position:
+            self._write("position", np.array([position], np.int32))
+            self.position = position
+
     def synchronize(self) -> None:
         """Wait for everything queued."""
         self._guard("cuStreamSynchronize", self._stream)

@@ -168,3 +168,18 @@ def test_on_a_gpu(path: Path, graph: bool) -> None:
             session.reset()
             session.feed(prompt)
             assert [token for chunk in session.decode(64) for token in chunk] == greedy
+
+
+def test_a_rewind_forgets_what_came_after_and_nothing_before() -> None:
+    with open_session(Q4, "cpu", ctx=16) as session:
+        session.feed([5, 6, 7, 8])
+        tokens = [token for chunk in session.decode(4) for token in chunk]
+        session.rewind(2)
+        assert session.position == 2
+        session.feed([7, 8])
+        assert [token for chunk in session.decode(4) for token in chunk] == tokens
+        with pytest.raises(UsageError, match="positions are 0 to 7"):
+            session.rewind(8)
+        session.rewind(0)
+        session.feed([9])
+        assert session.position == 1
