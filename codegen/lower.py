@@ -12,6 +12,7 @@ from .device import device_header
 from .emission import Emitted, Factor
 from .emit_attention import ATTENTION_OPS, emit_attention
 from .emit_product import PRODUCTS, emit_product
+from .emit_sampling import SAMPLING_EMITTERS
 from .emit_vector import VECTOR_EMITTERS
 from .probe import probe_kernel
 from .repack import repack_kernel
@@ -208,6 +209,8 @@ def _emit(node: Node, lowering: _Lowering) -> Emitted:
         return emit_product(node, lowering, lowering.shapes.get(product_class(node)))
     if node.op in ATTENTION_OPS:
         return emit_attention(node, lowering)
+    if node.op in SAMPLING_EMITTERS:
+        return SAMPLING_EMITTERS[node.op](node, lowering)
     if node.op in VECTOR_EMITTERS:
         return VECTOR_EMITTERS[node.op](node, lowering)
     raise UnsupportedModelError(f"op {node.op} has no kernel")

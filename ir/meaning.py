@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import sampling
 from .op import Attributes, Machine
 
 Arrays = tuple[np.ndarray, ...]
@@ -58,8 +59,19 @@ def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 def choice(logits: np.ndarray, log: np.ndarray, ends: np.ndarray, stop: np.ndarray, position: np.ndarray) -> Arrays:
     """(token, log, stop, position) after this step."""
-    token = np.array([np.argmax(logits)], dtype=np.int32)
+    return moved_on(np.array([np.argmax(logits)], dtype=np.int32), log, ends, stop, position)
+
+
+def moved_on(token: np.ndarray, log: np.ndarray, ends: np.ndarray, stop: np.ndarray, position: np.ndarray) -> Arrays:
+    """(token, log, stop, position) after a step that chose `token`."""
     return token, recorded(log, token, position), stopping(token, ends, stop), position + np.int32(1)
+
+
+def drawn(logits: np.ndarray, settings: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """The token that the settings, the seed and the position choose: i32[1]."""
+    words = sampling.words_of(settings)
+    token = sampling.choices(logits, words).at(sampling.random_words(position, words.seed))
+    return np.asarray(token, dtype=np.int32)
 
 
 def recorded(log: np.ndarray, token: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -128,6 +140,20 @@ def rms_factor(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
 
 def argmax(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
     return (np.array([np.argmax(ins[0])], dtype=np.int32),)
+
+
+def adjust(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    logits, token, history, settings, position = ins
+    words, here = sampling.words_of(settings), int(position[0])
+    history = recorded(history, token, position)
+    values = sampling.adjusted(logits, history[max(0, here + 1 - words.window) : here + 1], words)
+    values = values.astype(machine.dtype)
+    return values, sampling.peaks_of(values), history
+
+
+def draw(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    logits, _, settings, position = ins
+    return (drawn(logits, settings, position),)
 
 
 def record(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
@@ -203,6 +229,11 @@ def rope_attention(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays
 
 def choose(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
     return choice(*ins)
+
+
+def draw_choose(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
+    logits, _, settings, log, ends, stop, position = ins
+    return moved_on(drawn(logits, settings, position), log, ends, stop, position)
 
 
 def kept(logits: np.ndarray, rest: list[np.ndarray], attrs: Attributes) -> Arrays:

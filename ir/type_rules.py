@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .graph import TensorType
 from .op import F32_ONE, I32_ONE, Attributes, TypeMismatch, Types
+from .sampling import PEAK_SPAN, SAMPLER_WORDS
 from .types import I8X2_GROUP, WEIGHT_DTYPES
 
 Results = tuple[TensorType, ...]
@@ -82,6 +83,23 @@ def rms_factor(t: Types, attrs: Attributes) -> Results:
 
 def argmax(t: Types, attrs: Attributes) -> Results:
     t.vector("logits")
+    return (I32_ONE,)
+
+
+def adjust(t: Types, attrs: Attributes) -> Results:
+    size = t.vector("logits")
+    t.scalar("token")
+    t.vector("history", dtypes="i32")
+    t.vector("sampler", SAMPLER_WORDS, dtypes="i32")
+    t.scalar("position")
+    return f32(size), f32(-(-size // PEAK_SPAN)), t["history"]
+
+
+def draw(t: Types, attrs: Attributes) -> Results:
+    size = t.vector("logits")
+    t.vector("peaks", -(-size // PEAK_SPAN))
+    t.vector("sampler", SAMPLER_WORDS, dtypes="i32")
+    t.scalar("position")
     return (I32_ONE,)
 
 
@@ -178,6 +196,14 @@ def choose(t: Types, attrs: Attributes) -> Results:
     t.vector("end_tokens", dtypes="i32")
     t.scalar("stop")
     t.scalar("position")
+    return I32_ONE, t["log"], I32_ONE, I32_ONE
+
+
+def draw_choose(t: Types, attrs: Attributes) -> Results:
+    draw(t, attrs)
+    t.vector("log", dtypes="i32")
+    t.vector("end_tokens", dtypes="i32")
+    t.scalar("stop")
     return I32_ONE, t["log"], I32_ONE, I32_ONE
 
 

@@ -17,6 +17,7 @@ from .ir.loader import available_specs, load_spec
 from .ir.program import Program
 from .ir.spec import Binding, ModelSpec
 from .passes.pipeline import PassReport, run_pipeline
+from .passes.use_sampler import use_sampler
 from .runtime.gguf_file import GgufFile, open_gguf
 
 Observe = Callable[[str, Graph], None]
@@ -33,9 +34,13 @@ class Model:
     spec: ModelSpec
     binding: Binding
 
-    def graph(self, outputs: Sequence[str] = ()) -> Graph:
-        """The unfused decode step; `outputs` may hold "logits"."""
-        return self.spec.graph(self.binding, outputs)
+    def graph(self, outputs: Sequence[str] = (), sampling: bool = False) -> Graph:
+        """The unfused decode step; `outputs` may hold "logits".
+
+        sampling: the token is drawn, by the settings in the constant `sampler`, instead of the likeliest.
+        """
+        graph = self.spec.graph(self.binding, outputs)
+        return use_sampler(graph) if sampling else graph
 
     def fileno(self) -> int:
         """The open file, for `runtime.upload.WeightSource`."""
@@ -107,6 +112,7 @@ def build_program(
     outputs: Sequence[str] = (),
     disable: Sequence[str] = (),
     shapes: dict[str, dict[str, int]] | None = None,
+    sampling: bool = False,
 ) -> Program:
-    """The Program of a model on a target."""
-    return lower(fuse(model.graph(outputs), disable)[0], target, shapes)
+    """The Program of a model on a target; the rest: see `Model.graph`, `fuse` and `lower`."""
+    return lower(fuse(model.graph(outputs, sampling), disable)[0], target, shapes)

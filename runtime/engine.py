@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,8 @@ class Engine:
     """Runs a Program. Close it, or use it in a `with` statement.
 
     graph: replay a captured CUDA graph (True) or launch kernel after kernel (False).
+    constants: arrays for the program's constants beside `end_tokens`, by name (`set_constant`);
+    UsageError names one that is missing.
     """
 
     driver: Driver
@@ -64,6 +66,7 @@ class Engine:
     end_tokens: Sequence[int] = ()
     graph: bool = True
     progress: Callable[[int, int], None] | None = None
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class Engine:
         self._host: list[HostMemory] = []
         self._events: list[Any] = []
         self._extra: list[int] = []
+        self._staged: dict[str, tuple[HostMemory, Any]] = {}
         self._arena = 0
         self._stream: Any = None
         self._graph: Any = None
@@ -125,9 +129,12 @@ class Engine:
                 call("cuMemsetD8Async", self._address[buffer.name], 0, buffer.nbytes, stream)
             elif buffer.kind == "table":
                 self._write(buffer.name, table_values(buffer))
+        given = {"end_tokens": end_token_slots(self.end_tokens), **self.constants}
         for buffer in self.program.buffers:
             if buffer.kind == "constant":
-                self._write(buffer.name, end_token_slots(self.end_tokens))
+                if buffer.source not in given:
+                    raise UsageError(f"the program {self.program.name} needs the constant {buffer.source}")
+                self.set_constant(buffer.source, given[buffer.source])
         self.timings.bytes_loaded = upload_weights(
             self.driver, stream, self.program, self._functions, self._address, self.source, self.progress
         )
@@ -200,6 +207,39 @@ class Engine:
             self.driver.call("cuMemsetD8Async", self._address[state], 0, 4, self._stream)
         self.synchronize()
         self.position = 0
+
+    def rewind(self, position: int) -> None:
+        """Back to an earlier position: what the caches hold before it stays, the rest is never read again.
+
+        Go on with `feed`. UsageError for a position that was not reached.
+        """
+        if not 0 <= position <= self.position:
+            raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
+        self.reset()
+        if position:
+            self._write("position", np.array([position], np.int32))
+            self.position = position
+
+    def set_constant(self, name: str, values: np.ndarray) -> None:
+        """Queue new contents of a constant: steps queued before this see the old ones, later steps the new.
+
+        UsageError for a name that is no constant of the program, another shape or another element type.
+        """
+        buffer = next((b for b in self.program.buffers if b.kind == "constant" and b.source == name), None)
+        if buffer is None:
+            known = ", ".join(b.source for b in self.program.buffers if b.kind == "constant")
+            raise UsageError(f"the program {self.program.name} has no constant {name}; it has {known}")
+        data = np.ascontiguousarray(values)
+        wanted = np.dtype({"i32": np.int32, "f32": np.float32, "f16": np.float16}[buffer.dtype])
+        if data.shape != buffer.shape or data.dtype != wanted:
+            raise UsageError(f"the constant {name} is {wanted}{list(buffer.shape)}, not {data.dtype}{list(data.shape)}")
+        if name not in self._staged:
+            self._staged[name] = (self._pinned(buffer.nbytes), self._event())
+        memory, copied = self._staged[name]
+        self._guard("cuEventSynchronize", copied)  # the copy of the contents before may still be under way
+        memory.view[:] = data.tobytes()
+        self._guard("cuMemcpyHtoDAsync", self._address[buffer.name], memory.address, buffer.nbytes, self._stream)
+        self._guard("cuEventRecord", copied, self._stream)
 
     def rewind(self, position: int) -> None:
         """Back to an earlier position: what the caches hold before it stays, the rest is never read again.

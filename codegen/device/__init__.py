@@ -13,6 +13,12 @@ def device_header() -> str:
 
 
 @cache
+def sampling_header() -> str:
+    """`psigraph_sampling.cuh`: a token by chance."""
+    return (files(__package__) / "psigraph_sampling.cuh").read_text(encoding="utf-8")
+
+
+@cache
 def repack_header() -> str:
     """`psigraph_repack.cuh`: where the model file keeps each value."""
     return (files(__package__) / "psigraph_repack.cuh").read_text(encoding="utf-8")
