@@ -137,6 +137,10 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             }
         """)
         epilogue.before_wait(writer)
+        if product.integer:
+            columns = padded_columns(product.columns)
+            writer.line("const u32* my_digits = ready(first_word(x, first, lane));")
+            writer.line(f"const float2* my_factors = ready(first_factor(x, {columns}, first, lane));")
         writer.lines("""
             // 2. The activations depend on the kernel before.
             wait_for_previous_kernel();
@@ -172,8 +176,7 @@ def _tiles(product: Product, writer: Writer, refills: bool) -> None:
     """Part 3: the warp's slice of the activations, then its items one after the other."""
     if product.integer:
         writer.line("Digits<SLICE> slice;")
-        factors = f"(const float2*)(x + {2 * padded_columns(product.columns)})"
-        writer.line(f"slice.load(x, {factors}, first, count, lane);")
+        writer.line("slice.load(my_digits, my_factors, count);")
         if any(row.name in ("q4_k", "q5_k") for row in product.types):
             writer.line("slice.find_minimum_bias(lane);")
     else:

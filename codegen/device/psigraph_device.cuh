@@ -113,6 +113,16 @@ DEVICE uint4 fresh(const uint4* p) {
 }
 #endif
 
+// An address that is worked out here and not later: before the wait, not on the way from it to the first load.
+template <class T> DEVICE const T* ready(const T* address) {
+#ifdef PSIGRAPH_HOST
+    return address;
+#else
+    asm volatile("" : "+l"(address));
+    return address;
+#endif
+}
+
 // Memory that only earlier steps wrote (the cache's older rows, the position before it moves): a step starts
 // after the one before it has ended, so it may be read before the wait.
 #ifdef PSIGRAPH_HOST
@@ -227,15 +237,14 @@ DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) {
 template <int SUPERBLOCKS> struct Digits {
     u32 digits[4 * SUPERBLOCKS];
     float scale[4 * SUPERBLOCKS], bias[4 * SUPERBLOCKS], minimum_bias[2 * SUPERBLOCKS];
-    // vector: digits of all groups, 32 bytes each; factors: (scale, bias) of each group; first: the slice's first superblock.
-    // Superblocks at `count` and after are zero.
-    METHOD void load(const u8* vector, const float2* factors, int first, int count, int lane) {
+    // words, factors: those of the slice's first chunk that this lane reads, `first_word` and `first_factor` of the
+    // vector; chunks lie 128 and 32 bytes apart. Superblocks at `count` and after are zero.
+    METHOD void load(const u32* words, const float2* factors, int count) {
 #pragma unroll
         for (int c = 0; c < 4 * SUPERBLOCKS; c++) {
             bool inside = c < 4 * count;
-            int chunk = first * 4 + c;
-            digits[c] = inside ? fresh((const u32*)vector + chunk * 32 + lane) : 0u;
-            float2 factor = inside ? fresh(factors + chunk * 4 + (lane & 3)) : make_float2(0.0f, 0.0f);
+            digits[c] = inside ? fresh(words + c * 32) : 0u;
+            float2 factor = inside ? fresh(factors + c * 4) : make_float2(0.0f, 0.0f);
             scale[c] = factor.x;
             bias[c] = factor.y;
         }
@@ -252,6 +261,12 @@ template <int SUPERBLOCKS> struct Digits {
         }
     }
 };
+
+// Where lane (g, t) starts to read a slice of an i8x2 vector of `columns` (padded) values: digits, then (scale, bias).
+DEVICE const u32* first_word(const u8* vector, int superblock, int lane) { return (const u32*)vector + superblock * 128 + lane; }
+DEVICE const float2* first_factor(const u8* vector, int columns, int superblock, int lane) {
+    return (const float2*)(vector + 2 * columns) + superblock * 16 + (lane & 3);
+}
 
 // The activations of a warp's slice for weights that are floating-point numbers: float32 in shared memory.
 struct Floats {
