@@ -1,0 +1,93 @@
+"""What only a GPU can show. `make test` leaves these out; scripts/gpu/evidence.sh runs them.
+
+python -m pytest -m gpu tests/gpu
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from psigraph.runtime.synth import write_synth
+from psigraph.session import Session, open_session
+
+pytestmark = pytest.mark.gpu
+
+TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
+QUANTS = ("q4_k_m", "q8_0")
+
+
+def tiny(quant: str, **options: Any) -> Session:
+    return open_session(TINY / f"tiny-qwen3-{quant}.gguf", "cuda", **options)
+
+
+def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL divergence of each row, float64."""
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+    p, q = log_softmax(reference), log_softmax(other)
+    return np.asarray((np.exp(p) * (p - q)).sum(axis=-1))
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["replayed", "eager"])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_logits_are_those_of_the_reference(quant: str, graph: bool) -> None:
+    with np.load(TINY / "reference_logits.npz") as stored:
+        ids, want = stored["ids"].tolist(), stored[f"logits_{quant}"]
+    with tiny(quant, outputs=("logits",), graph=graph) as session:
+        got = session.forced_logits(ids)
+        session.reset()
+        again = session.forced_logits(ids)
+    found = divergence(want, got)
+    print(f"{quant} graph={graph}: mean KL {found.mean():.3e}, largest {found.max():.3e}")
+    assert found.mean() <= 2e-4
+    assert found.max() <= 1e-3
+    assert got.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_greedy_choice_is_that_of_the_reference(quant: str) -> None:
+    stored = json.loads((TINY / "reference_greedy.json").read_text())
+    with tiny(quant) as session:
+        for name, prompt in stored["prompts"].items():
+            want = stored["greedy"][quant][name]
+            if quant == "q4_k_m" and name in ("speech", "chat"):
+                session.reset()
+                session.feed(prompt["ids"])
+                assert [token for chunk in session.decode(64) for token in chunk] == want["ids"], name
+            session.reset()
+            chosen = []
+            for token in (None, *want["ids"][:-1]):  # teacher-forced on the recorded ids
+                session.feed(prompt["ids"] if token is None else [token])
+                chosen.append(session.engine.chosen())
+            wrong = [
+                step
+                for step, (got, right, gap) in enumerate(zip(chosen, want["ids"], want["top2_gap"], strict=True))
+                if gap >= 0.05 and got != right
+            ]
+            assert not wrong, (name, wrong)
+
+
+def test_a_model_of_real_size_repeats_itself_and_keeps_within_its_memory(tmp_path: Path) -> None:
+    path = write_synth(tmp_path / "synth-1.7b.gguf", "1.7b", "q4_k_m", seed=1)
+    with open_session(path, "cuda", ctx=4096 + 64) as session:
+        assert session.program is not None
+        weights = sum(buffer.nbytes for buffer in session.program.buffers if buffer.kind == "weight")
+        cache = sum(buffer.nbytes for buffer in session.program.buffers if buffer.kind == "state")
+        assert session.engine.arena_bytes <= weights + cache + 256 * 2**20  # type: ignore[attr-defined]
+        runs = []
+        for _ in range(2):
+            session.reset()
+            session.feed([151644])
+            runs.append([token for chunk in session.decode(512) for token in chunk])
+        assert runs[0] == runs[1]
+        assert len(set(runs[0])) > 16
+        session.feed([1] * (4096 - session.position))  # depth 4,096 works
+        assert len([token for chunk in session.decode(16) for token in chunk]) == 16
