@@ -17,20 +17,47 @@ class Rewriter:
         self.nodes = list(graph.nodes)
         self.returned = {value.name for _, value in graph.results}
         self.taken = {param.name for param in graph.params} | {o.name for node in graph.nodes for o in node.outs}
-        self._index()
-
-    def _index(self) -> None:
         self.producers: dict[str, Node] = {}
         self.readers: dict[str, list[Node]] = {}
         self.place: dict[int, int] = {}
-        for place, node in enumerate(self.nodes):
-            self.place[id(node)] = place
-            for out in node.outs:
-                self.producers[out.name] = node
-            for value in node.ins:
-                readers = self.readers.setdefault(value.name, [])
-                if not readers or readers[-1] is not node:
-                    readers.append(node)
+        self._number(0)
+        for node in self.nodes:
+            self._learn(node)
+
+    def _number(self, first: int) -> None:
+        """Gives the nodes from `first` on their places."""
+        for place in range(first, len(self.nodes)):
+            self.place[id(self.nodes[place])] = place
+
+    def _learn(self, node: Node) -> None:
+        for out in node.outs:
+            self.producers[out.name] = node
+        for name in {value.name for value in node.ins}:
+            self.readers.setdefault(name, []).append(node)
+
+    def _forget(self, node: Node) -> None:
+        del self.place[id(node)]
+        for out in node.outs:
+            if self.producers.get(out.name) is node:
+                del self.producers[out.name]
+        for name in {value.name for value in node.ins}:
+            self.readers[name] = [reader for reader in self.readers[name] if reader is not node]
+
+    def _put(self, first: int, last: int, nodes: Sequence[Node]) -> None:
+        """Puts `nodes` in the places first..last; those that stood there before may stand there again."""
+        old = self.nodes[first : last + 1]
+        staying = {id(node) for node in nodes}
+        known = {id(node) for node in old}
+        for node in old:
+            if id(node) not in staying:
+                self._forget(node)
+        self.nodes[first : last + 1] = nodes
+        self._number(first)
+        for node in nodes:
+            if id(node) not in known:
+                self._learn(node)
+        for name in {value.name for node in nodes for value in node.ins}:
+            self.readers[name].sort(key=lambda reader: self.place[id(reader)])
 
     def uses(self, value: Value) -> list[Node]:
         """The nodes that read a value, each once, in order."""
@@ -76,8 +103,7 @@ class Rewriter:
                 before.append(node)
         origin = merged_origins(old)
         placed = [node if node.origin else replace(node, origin=origin) for node in new]
-        self.nodes[first : last + 1] = before + placed + after
-        self._index()
+        self._put(first, last, before + placed + after)
         return True
 
     def absorb(self, node: Node, value: Value) -> None:
@@ -88,13 +114,12 @@ class Rewriter:
         def changed(values: tuple[Value, ...]) -> tuple[Value, ...]:
             return tuple(value if old.name in names else old for old in values)
 
-        nodes = [other for other in self.nodes if other is not node]
-        concerned = {id(self.producers[node.ins[0].name]), *(id(user) for user in self.uses(node.out))}
-        self.nodes = [
-            replace(other, outs=changed(other.outs), ins=changed(other.ins)) if id(other) in concerned else other
-            for other in nodes
-        ]
-        self._index()
+        concerned = [self.producers[node.ins[0].name], *self.uses(node.out)]
+        for other in concerned:
+            place = self.place[id(other)]
+            self._put(place, place, [replace(other, outs=changed(other.outs), ins=changed(other.ins))])
+        place = self.place[id(node)]
+        self._put(place, place, [])
 
     def finish(self) -> Graph:
         """The changed graph."""
