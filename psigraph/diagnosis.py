@@ -28,6 +28,7 @@ PACKAGES = (
     "cuda-bindings>=13,<14",
     "cuda-core>=1.2,<2",
     "gguf>=0.17",
+    "jinja2>=3.1",
     "networkx>=3.2",
     "numpy>=1.26",
     "nvidia-cuda-nvrtc>=13,<14",
