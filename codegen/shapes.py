@@ -61,32 +61,43 @@ def product_shape(
     type; reserve: shared bytes that the kernel needs besides ring and partial sums.
     UnsupportedModelError if the columns exceed what a block's warps can hold.
     """
-    per_block = -(-units // target.sm_count)
-    grid = -(-units // per_block)
-    tiles_per_block = per_block * tiles_per_unit
     if column_warps is None:
         column_warps = _column_warps(superblocks)
+    per_block = -(-units // target.sm_count)
+    # Many rows on few multiprocessors: more blocks than multiprocessors, so that a block's sums leave room for weights.
+    while per_block > 1 and _row_bytes(column_warps) * per_block * tiles_per_unit * 16 > target.shared_bytes // 4:
+        per_block = -(-per_block // 2)
+    grid = -(-units // per_block)
+    tiles_per_block = per_block * tiles_per_unit
     slice_ = -(-superblocks // column_warps)
     if slice_ > MAX_SLICE or column_warps > MOST_WARPS:
         raise UnsupportedModelError(f"a product over {superblocks * 256} columns is wider than kernels support (31744)")
+    item_bytes = slice_ * superblock_bytes
+    rows = tiles_per_block * 16
+    available = target.shared_bytes - reserve - _row_bytes(column_warps) * rows - 256
     if tile_warps is None:
         tile_warps = max(1, min(MAX_WARPS // column_warps, tiles_per_block // 2))
+        # Wide rows of wide types: as many turns as one stage each fits.
+        while tile_warps > 1 and column_warps * tile_warps * (item_bytes + 64) > available:
+            tile_warps -= 1
     if column_warps * tile_warps > MOST_WARPS or column_warps > superblocks:
         raise UnsupportedModelError(
             f"{column_warps} x {tile_warps} warps do not fit a product over {superblocks * 256} columns"
         )
     items = -(-tiles_per_block // tile_warps)
-    item_bytes = slice_ * superblock_bytes
     warps = column_warps * tile_warps
-    rows = tiles_per_block * 16
-    partial = column_warps * rows * 4
-    room = min(ring_limit, target.shared_bytes - reserve - partial - warps * 64 - 256)
-    depth = max(1, min(items, 8, room // (warps * item_bytes)))
-    if depth * warps * item_bytes > target.shared_bytes - reserve - partial - warps * 64:
+    room = available - warps * 64
+    depth = max(1, min(items, 8, min(ring_limit, room) // (warps * item_bytes)))
+    if depth * warps * item_bytes > room:
         raise UnsupportedModelError(
             f"a product over {superblocks * 256} columns needs more shared memory than {target.arch} has"
         )
     return ProductShape(grid, column_warps, tile_warps, depth, per_block)
+
+
+def _row_bytes(column_warps: int) -> int:
+    """Shared bytes for each row of a block: a partial sum a warp, and what an epilogue fetches early (two numbers)."""
+    return (column_warps + 2) * 4
 
 
 def _column_warps(superblocks: int) -> int:
