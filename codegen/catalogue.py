@@ -1,0 +1,80 @@
+"""What kernels there are: ops, weight types and shape classes, listed by the compiler itself for its tests.
+
+A kernel's text depends on sizes in two ways: numbers in it change, and branches of the emitter change the lines around
+them (a guard for a ragged edge, a refill of the ring, a second weight type). `statements` are the lines without their
+numbers. Tests run every row of `product_cases` against float64, and hold the statements of every kernel that a model
+needs against those of the tested kernels of the same op: a line that no test has run is reported.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..ir.ops import OPS
+from ..ir.program import HEADER_NAME
+from .weight_types import WEIGHT_TYPES
+
+VIEWS = ("split_heads", "merge_heads")
+"""Ops that only rename memory (merge_heads has a kernel where its result is quantized)."""
+
+
+@dataclass(frozen=True)
+class ShapeClass:
+    """A matrix shape that makes product kernels take a way of their own.
+
+    overrides: the launch shape, where the built-in rule would need a large matrix to choose it.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    sm_count: int
+    overrides: tuple[tuple[str, int], ...] = ()
+
+    def suits(self, dtype: str) -> bool:
+        """Whether a row is a whole number of the type's blocks."""
+        return self.columns % WEIGHT_TYPES[dtype].block_columns == 0
+
+
+_RING = (("column_warps", 2), ("tile_warps", 2), ("ring_limit", 1))
+
+SHAPE_CLASSES = (
+    ShapeClass("one tile", 16, 256, 4),
+    ShapeClass("ragged rows", 40, 512, 4),
+    ShapeClass("ragged columns", 48, 672, 4),
+    ShapeClass("few multiprocessors", 272, 768, 3),
+    ShapeClass("more rows than threads", 88, 256, 1, (("column_warps", 1), ("tile_warps", 1))),
+    ShapeClass("refilled ring", 264, 768, 2, _RING),
+    ShapeClass("even refilled ring", 256, 1024, 4, (("column_warps", 4), ("tile_warps", 1), ("ring_limit", 1))),
+    ShapeClass("H100", 64, 2048, 132),
+    ShapeClass("uneven H100", 2128, 256, 132),
+)
+
+
+def product_ops() -> tuple[str, ...]:
+    """Ops that multiply a vector with matrices."""
+    return tuple(name for name, op in OPS.items() if op.product or name == "matvec")
+
+
+def table_ops() -> tuple[str, ...]:
+    """Ops that look a row of a matrix up."""
+    return tuple(name for name, op in OPS.items() if "table" in op.operands)
+
+
+def product_cases() -> tuple[tuple[str, ShapeClass], ...]:
+    """Every weight type with every shape class that suits it; each case stands for all of `product_ops`."""
+    return tuple((dtype, shape) for dtype in WEIGHT_TYPES for shape in SHAPE_CLASSES if shape.suits(dtype))
+
+
+# A number that is no part of a name: `16`, `1e-06f`, `0x0f`, but not the digits of Q4_K or weight0.
+_NUMBER = re.compile(r"(?<![\w.])(?:0x[0-9a-fA-F]+|\d+(?:\.\d*)?(?:e[+-]?\d+)?f?)(?![\w.])")
+
+
+def statements(text: str) -> frozenset[str]:
+    """The lines of a kernel's text without numbers, comments and the kernel's own name."""
+    body = text.replace(f'#include "{HEADER_NAME}"\n', "")
+    body = re.sub(r"//[^\n]*", "", body)
+    body = re.sub(r"(__launch_bounds__\(\w+\)) \w+\(", r"\1 KERNEL(", body)
+    lines = (_NUMBER.sub("#", line).strip() for line in body.split("\n"))
+    return frozenset(line for line in lines if line)

@@ -1,0 +1,203 @@
+"""Runs the kernels of a small graph on the host target, without an engine or a model file.
+
+`Step(graph, target)` lowers a graph and compiles all its kernels as one translation unit (g++ spends most of its time
+on what kernels share); `run` gives every result of the graph after one step. Memory that nobody promised to be zero is
+filled with NaN first, so that a kernel that reads what it should not shows it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from psigraph.codegen.lower import lower
+from psigraph.codegen.packing import pack
+from psigraph.codegen.target import Target
+from psigraph.codegen.weight_types import padded_columns
+from psigraph.ir.graph import Graph
+from psigraph.ir.program import HEADER_NAME, Buffer, Launch, Program
+from psigraph.ir.types import I8X2_GROUP
+from psigraph.runtime import host
+from psigraph.runtime.driver import Driver
+from psigraph.runtime.tables import table_values
+
+Arrays = dict[str, np.ndarray]
+MOST_ARGUMENTS = 24
+DTYPES = {"f32": np.float32, "i32": np.int32, "f16": np.float16}
+
+# Calls one of several kernels, so that one image holds them all. Host only: a GPU's kernels are loaded one by one.
+DISPATCH = """
+template <class... A, size_t... I> static void call(void (*kernel)(A...), const u64* args, std::index_sequence<I...>) {{
+    kernel((A)args[I]...);
+}}
+template <class... A> static void call(void (*kernel)(A...), const u64* args) {{
+    call(kernel, args, std::index_sequence_for<A...>());
+}}
+extern "C" __global__ void many(int which, {parameters}) {{
+    const u64 args[] = {{{names}}};
+    switch (which) {{
+{cases}
+    }}
+}}
+"""
+
+
+@functools.cache
+def driver() -> Driver:
+    """The stand-in driver of this process, in libcuda's place."""
+    host.activate(sms=4)
+    return Driver(0)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """An i8x2 vector as it lies in memory.
+
+    high, low: int8[padded / 16, 16]; scale, bias: f32[padded / 16]. `size` values count.
+    """
+
+    size: int
+    high: np.ndarray
+    low: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray
+
+    @property
+    def whole(self) -> np.ndarray:
+        """254 * high + low, float64[groups, 16]."""
+        return 254.0 * self.high + self.low
+
+    @property
+    def values(self) -> np.ndarray:
+        """float64[size]."""
+        return (self.whole * self.scale.astype(np.float64)[:, None]).ravel()[: self.size]
+
+
+def decode_digits(data: np.ndarray, size: int) -> Digits:
+    """data: uint8, the whole buffer: 32 bytes a group (16 high, 16 low digits), then (scale, bias) pairs of float32."""
+    padded = padded_columns(size)
+    planes = data[: 2 * padded].view(np.int8).reshape(-1, 2, I8X2_GROUP)
+    factors = data[2 * padded :].view(np.float32).reshape(-1, 2)
+    return Digits(size, planes[:, 0], planes[:, 1], factors[:, 0], factors[:, 1])
+
+
+class Step:
+    """A graph's kernels, compiled for the host target, and their memory.
+
+    graph: lowered as it is (no pass runs); what a test wants to see must be among its results. weights: raw bytes
+    (uint8) of matrices as a file has them, float32 of vectors.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        weights: Mapping[str, np.ndarray],
+        shapes: dict[str, dict[str, int]] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.program: Program = lower(graph, target, shapes)
+        self.driver = driver()
+        self.names = list(dict.fromkeys(launch.kernel for launch in self.program.launches))
+        image = host.compile_kernel(self._source(), "many")
+        shared = max((launch.shared_bytes for launch in self.program.launches), default=0)
+        self.module, self.function = self.driver.load_kernel(image, "many", shared)
+        self.address: dict[str, int] = {}
+        for buffer in self.program.buffers:
+            self.address[buffer.name] = self.driver.allocate(buffer.nbytes, buffer.name)
+            if buffer.kind == "weight":
+                self._write(buffer, self._packed(buffer, weights[buffer.source]))
+            elif buffer.kind == "table":
+                self._write(buffer, table_values(buffer))
+
+    def close(self) -> None:
+        api = self.driver.api
+        api.cuCtxSynchronize()
+        for address in self.address.values():
+            api.cuMemFree(address)
+        api.cuModuleUnload(self.module)
+        self.address.clear()
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, states: Mapping[str, np.ndarray], order: str = "forward") -> dict[str, np.ndarray | Digits]:
+        """Results by name after one step. states: arrays of states and constants; those not given are zero."""
+        for buffer in self.program.buffers:
+            if buffer.kind in ("state", "constant"):
+                given = states.get(buffer.name, np.zeros(buffer.shape))
+                self._write(buffer, np.asarray(given, DTYPES[buffer.dtype]).reshape(buffer.shape))
+            elif buffer.kind == "scratch":
+                self.driver.call("cuMemsetD8", self.address[buffer.name], 0 if buffer.zeroed else 0xFF, buffer.nbytes)
+        host.set_order(order)
+        try:
+            for launch in self.program.launches:
+                self.launch(launch)
+            self.driver.call("cuCtxSynchronize")
+        finally:
+            host.set_order("forward")
+        assert host.violations() == []
+        return {name: self._result(self.program.buffer(buffer)) for name, buffer in self.program.results}
+
+    def launch(self, launch: Launch) -> None:
+        values = [self.address[arg] if isinstance(arg, str) else arg for arg in launch.args]
+        args: list[tuple[int, Any]] = [(self.names.index(launch.kernel), ctypes.c_int)]
+        args += [(value, ctypes.c_uint64) for value in values + [0] * (MOST_ARGUMENTS - len(values))]
+        self.driver.launch(
+            self.function, launch.grid, launch.block, launch.shared_bytes, 0, args, launch.programmatic, launch.cluster
+        )
+
+    def scratch(self, name: str) -> np.ndarray:
+        """The bytes of a scratch buffer."""
+        return self._read(self.program.buffer(name))
+
+    def _source(self) -> str:
+        include = f'#include "{HEADER_NAME}"\n'
+        texts = [self.program.kernel(name).text.replace(include, "") for name in self.names]
+        numbers = range(MOST_ARGUMENTS)
+        cases = [f"        case {index}: return call(&{name}, args);" for index, name in enumerate(self.names)]
+        dispatch = DISPATCH.format(
+            parameters=", ".join(f"u64 a{i}" for i in numbers),
+            names=", ".join(f"a{i}" for i in numbers),
+            cases="\n".join(cases),
+        )
+        return "\n".join([self.program.header, *texts, dispatch])
+
+    def _packed(self, buffer: Buffer, data: np.ndarray) -> np.ndarray:
+        if buffer.layout == "tiles":
+            return pack(data, buffer.dtype, *buffer.shape)
+        return np.asarray(data, np.float32)
+
+    def _write(self, buffer: Buffer, values: np.ndarray) -> None:
+        data = np.ascontiguousarray(values)
+        assert data.nbytes == buffer.nbytes, (buffer, data.nbytes)
+        self.driver.call("cuMemcpyHtoD", self.address[buffer.name], data.ctypes.data, data.nbytes)
+
+    def _read(self, buffer: Buffer) -> np.ndarray:
+        data = np.empty(buffer.nbytes, np.uint8)
+        self.driver.call("cuMemcpyDtoH", data.ctypes.data, self.address[buffer.name], data.nbytes)
+        return data
+
+    def _result(self, buffer: Buffer) -> np.ndarray | Digits:
+        data = self._read(buffer)
+        if buffer.layout == "i8x2":
+            return decode_digits(data, buffer.shape[0])
+        return data.view(DTYPES[buffer.dtype]).reshape(buffer.shape)
+
+
+def same_bits(left: np.ndarray | Digits, right: np.ndarray | Digits) -> bool:
+    """Whether two results are equal to the last bit."""
+    if isinstance(left, Digits):
+        assert isinstance(right, Digits)
+        pairs = [(left.high, right.high), (left.low, right.low), (left.scale, right.scale), (left.bias, right.bias)]
+        return all(a.tobytes() == b.tobytes() for a, b in pairs)
+    assert isinstance(right, np.ndarray)
+    return left.tobytes() == right.tobytes()

@@ -1,0 +1,139 @@
+"""Attention, rope and cache kernels: head sizes x groups x positions x splits, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bars import SUM_UNITS, UNIT, assert_close
+from run_node import Step, same_bits
+
+from psigraph.codegen.target import target_for
+from psigraph.ir import meaning
+from psigraph.ir.graph import Graph
+from psigraph.ir.text import parse_graph
+
+EPS, THETA = 1e-6, 1e6
+HALF_UNIT = 2.0**-11
+# (head_dim, query heads a key/value head, key/value heads, multiprocessors)
+SHAPES = [(16, 1, 2, 132), (16, 4, 1, 4), (32, 2, 2, 132), (64, 2, 2, 132), (64, 4, 1, 132), (128, 1, 1, 4),
+          (128, 2, 2, 132), (128, 4, 2, 132), (128, 2, 8, 132), (256, 2, 1, 132)]  # fmt: skip
+
+
+def attention_graph(head_dim: int, group: int, kv_heads: int, context: int) -> Graph:
+    """Append and attend as three kernels, as one with f32 results and as one with i8x2 results."""
+    heads = group * kv_heads
+    cache = f"f16[{kv_heads},{context},{head_dim}]"
+    query, key = f"f32[{heads * head_dim}]", f"f32[{kv_heads * head_dim}]"
+    attrs = f"eps={EPS}, theta={THETA}, heads={heads}, kv_heads={kv_heads}"
+    operands = "%q, %k, %v, %q_norm, %k_norm"
+    return parse_graph(f"""graph attend(weight %q_norm: f32[{head_dim}], weight %k_norm: f32[{head_dim}],
+            state %q: {query}, state %k: {key}, state %v: {key}, state %k_cache: {cache}, state %v_cache: {cache},
+            state %log: i32[{context}], state %position: i32[1]) {{
+        %turned: f32[{heads},{head_dim}], %k1: {cache}, %v1: {cache} =
+            rope_append({operands}, %k_cache, %v_cache, %position) {{{attrs}}}
+        %a1: f32[{heads},{head_dim}] = attention(%turned, %k1, %v1, %position) {{scale={head_dim**-0.5}}}
+        %a2: {query}, %k2: {cache}, %v2: {cache} =
+            rope_attention({operands}, %k1, %v1, %position) {{{attrs}, scale={head_dim**-0.5}}}
+        %a3: i8x2[{heads * head_dim}], %k3: {cache}, %v3: {cache} =
+            rope_attention({operands}, %k2, %v2, %position) {{{attrs}, scale={head_dim**-0.5}}}
+        return turned=%turned, a1=%a1, a2=%a2, a3=%a3, k_cache=%k3, v_cache=%v3
+    }}""")
+
+
+def positions_of(head_dim: int, sm_count: int, kv_heads: int) -> tuple[int, list[int]]:
+    """(context, positions): the first ones, those around the edges of splits, the context's last."""
+    rows = 256 // (head_dim // 8)
+    splits = max(1, min(32, sm_count // kv_heads))
+    context = 2 * rows * min(splits, 3) + 7
+    edges = [0, 1, 15, 63, 64, 65, rows, 2 * rows - 1, 2 * rows, 4 * rows, 4 * rows + 1, context - 1]
+    return context, sorted({edge for edge in edges if edge < context})
+
+
+@pytest.mark.parametrize(("head_dim", "group", "kv_heads", "sm_count"), SHAPES)
+def test_attention(head_dim, group, kv_heads, sm_count):
+    context, positions = positions_of(head_dim, sm_count, kv_heads)
+    graph = attention_graph(head_dim, group, kv_heads, context)
+    generator = np.random.default_rng(head_dim + group)
+    norms = {name: (1 + generator.standard_normal(head_dim) / 4).astype(np.float32) for name in ("q_norm", "k_norm")}
+    with Step(graph, target_for("host", sm_count), norms) as step:
+        for position in positions:
+            states = {
+                "q": generator.standard_normal(group * kv_heads * head_dim).astype(np.float32) * 3,
+                "k": generator.standard_normal(kv_heads * head_dim).astype(np.float32),
+                "v": generator.standard_normal(kv_heads * head_dim).astype(np.float32),
+                "position": np.array([position], np.int32),
+            }
+            for name in ("k_cache", "v_cache"):
+                states[name] = generator.standard_normal((kv_heads, context, head_dim)).astype(np.float16)
+                # Nobody may look at what lies behind the position.
+                states[name][:, position:] = np.nan
+            got = step.run(states)
+            check(graph, norms, states, got, f"position {position}")
+            if position in (0, positions[-1]):
+                for order in ("reverse", "shuffle"):
+                    again = step.run(states, order)
+                    assert all(same_bits(got[name], again[name]) for name in got), f"order {order} shows"
+
+
+def check(graph: Graph, norms: dict, states: dict, got: dict, what: str) -> None:
+    kv_heads, _, head_dim = states["k_cache"].shape
+    position = int(states["position"][0])
+    wide = {name: array.astype(np.float64) for name, array in {**norms, **states}.items()}
+
+    def turned(name: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
+        heads = wide[name].reshape(-1, head_dim)
+        normed = meaning.normalise(heads, wide[norm], EPS)
+        half = head_dim // 2
+        size = np.hypot(normed[:, :half], normed[:, half:])
+        return meaning.rotate(normed, position, THETA), 24 * UNIT * np.concatenate([size, size], axis=1)
+
+    q, q_bound = turned("q", "q_norm")
+    assert_close(got["turned"], q, q_bound, f"{what}: turned")
+    k, k_bound = turned("k", "k_norm")
+    for name, row, bound in (("k_cache", k, k_bound), ("v_cache", wide["v"].reshape(kv_heads, -1), 0.0)):
+        cache = got[name]
+        assert_close(cache[:, position], row, bound + HALF_UNIT * np.abs(row) + 2.0**-25, f"{what}: {name}")
+        np.testing.assert_array_equal(cache[:, :position], states[name][:, :position], err_msg=f"{what}: {name}")
+        assert np.isnan(cache[:, position + 1 :]).all(), f"{what}: {name} was written behind the position"
+    scale = head_dim**-0.5
+    for name, query, q_error in (
+        ("a1", got["turned"].astype(np.float64), 0.0),
+        ("a2", q, q_bound),
+        ("a3", q, q_bound),
+    ):
+        wanted = meaning.attend(query, got["k_cache"], got["v_cache"], position, scale)
+        bound = attention_bound(query, q_error, got["k_cache"], got["v_cache"], position, scale)
+        assert_close(got[name], wanted.reshape(-1), bound.reshape(-1), f"{what}: {name}")
+
+
+def attention_bound(
+    q: np.ndarray, q_error: np.ndarray | float, k_cache: np.ndarray, v_cache: np.ndarray, position: int, scale: float
+) -> np.ndarray:
+    """A score that is off by e changes its weight by a factor exp(e); sums of weighted values round as products do."""
+    kv_heads = k_cache.shape[0]
+    keys = np.abs(k_cache[:, : position + 1].astype(np.float64)).transpose(0, 2, 1)
+    size = (SUM_UNITS * UNIT * np.abs(q) + q_error).reshape(kv_heads, -1, q.shape[1])
+    score_error = (size @ keys * scale).max(axis=-1, keepdims=True)
+    # The kernel's exponent is base 2 and itself a rounded number.
+    top = (np.abs(q).reshape(kv_heads, -1, q.shape[1]) @ keys * scale).max(axis=-1, keepdims=True)
+    values = meaning.attend(q, k_cache, np.abs(v_cache), position, scale).reshape(kv_heads, -1, q.shape[1])
+    return (2 * score_error + 4 * UNIT * top + SUM_UNITS * UNIT) * values
+
+
+@pytest.mark.parametrize("position", [0, 1, 40])
+def test_rope_and_cache_append_alone(position):
+    """What runs when the fusions are disabled."""
+    graph = parse_graph("""graph rope(state %x: f32[6,32], state %cache: f16[6,41,32], state %log: i32[41],
+            state %position: i32[1]) {
+        %y: f32[6,32] = rope(%x, %position) {theta=10000.0}
+        %cache2: f16[6,41,32] = cache_append(%cache, %y, %position)
+        return y=%y, cache=%cache2
+    }""")
+    x = np.random.default_rng(1).standard_normal((6, 32)).astype(np.float32)
+    cache = np.random.default_rng(2).standard_normal((6, 41, 32)).astype(np.float16)
+    with Step(graph, target_for("host"), {}) as step:
+        got = step.run({"x": x, "cache": cache, "position": np.array([position])})
+    wanted = meaning.rotate(x.astype(np.float64), position, 10000.0)
+    assert_close(got["y"], wanted, 4 * UNIT * np.abs(x).max(), "rope")
+    cache[:, position] = got["y"].astype(np.float16)
+    np.testing.assert_array_equal(got["cache"], cache)
