@@ -1,6 +1,8 @@
 // A token by chance: what `adjust` and `draw` are made of. The meaning is ir/sampling.py, bit for bit: weights are
 // whole numbers, so that sums do not depend on their order and atomics do no harm, and the few operations on floats
 // are single additions and multiplications that are never fused.
+#ifndef PSIGRAPH_SAMPLING_CUH
+#define PSIGRAPH_SAMPLING_CUH
 
 constexpr int SPAN = 1024;  // threads of a block, logits of a peak, bins of the search
 constexpr int SLOTS = 1024, BIAS_TOKENS = 16, BIAS_VALUES = BIAS_TOKENS + SLOTS;
@@ -368,3 +370,5 @@ template <int SIZE> DEVICE bool draw_token(const float* logits, const float* pea
     chosen = choice_index(shared.key);
     return own == 0;
 }
+
+#endif
