@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ class NumpyEngine:
     dtype       float64 or float32; None: float64 for at most 2**28 weights, else float32.
     cache_dtype "f16" as on the device, or "f32".
     progress    (bytes read, bytes in all), while weights are dequantized.
+    constants   arrays for the graph's constants beside `end_tokens`, by name.
 
     Raises OutOfMemoryError if the dequantized weights do not fit into main memory, ModelFileError for weights that
     cannot be read or are not finite.
@@ -59,6 +60,7 @@ class NumpyEngine:
         dtype: type[np.floating[Any]] | None = None,
         cache_dtype: str = "f16",
         progress: Progress | None = None,
+        constants: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         elements = sum(param.type.size for param in graph.params if param.kind == "weight")
         self.dtype = dtype or (np.float64 if elements <= MOST_ELEMENTS_IN_FLOAT64 else np.float32)
@@ -75,6 +77,8 @@ class NumpyEngine:
         self._weights = self._load(model, progress)
         self.timings.load_s = time.perf_counter() - started
         self._state = self._machine.initial_state(graph)
+        for name, values in (constants or {}).items():
+            self.set_constant(name, values)
         self.reset()
 
     def _load(self, model: Model, progress: Progress | None) -> dict[str, np.ndarray]:
@@ -113,6 +117,13 @@ class NumpyEngine:
         self.reset()
         self._state["position"] = np.array([position], np.int32)
         self.position = position
+
+    def set_constant(self, name: str, values: np.ndarray) -> None:
+        """New contents of a constant, from the next step on; UsageError for a name that is none, or another shape."""
+        param = next((param for param in self.graph.params if param.kind == "constant" and param.name == name), None)
+        if param is None or values.shape != param.type.shape:
+            raise UsageError(f"the graph {self.graph.name} has no constant {name} of shape {list(values.shape)}")
+        self._state[name] = values
 
     def step(self) -> None:
         """One decode step."""

@@ -24,9 +24,11 @@ from .codegen.target import Target, arch_of_capability, target_for
 from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
+from .passes.use_sampler import SAMPLER
 from .report import ENGINES
 from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import KernelCache, default_cache_dir
+from .sampler import SamplerSettings
 from .tuned import load_tuned
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class DecodeEngine(Protocol):
     def logits(self) -> np.ndarray: ...
     def forced_logits(self, ids: Sequence[int]) -> np.ndarray: ...
     def step_times(self, count: int) -> np.ndarray: ...
+    def set_constant(self, name: str, values: np.ndarray) -> None: ...
     def close(self) -> None: ...
 
 
@@ -104,6 +107,22 @@ class Session:
         """Number of token ids: 0 to vocabulary - 1."""
         return vocabulary_of(self.model)
 
+    @property
+    def samples(self) -> bool:
+        """Whether tokens can be drawn; else the likeliest is taken, which is faster."""
+        return any(param.name == SAMPLER for param in self.graph.params)
+
+    def set_sampler(self, settings: SamplerSettings) -> None:
+        """How the steps from here on draw their tokens, the one after the last id of the next `feed` first.
+
+        UsageError for settings that the vocabulary does not allow, and for any but greedy ones in a session that was
+        opened without sampling=True.
+        """
+        if self.samples:
+            self.engine.set_constant(SAMPLER, settings.words(self.vocabulary))
+        elif not settings.greedy:
+            raise UsageError("this session takes the likeliest token; open it with sampling=True to draw others")
+
     def reset(self) -> None:
         """Back to position 0."""
         self.engine.reset()
@@ -118,12 +137,12 @@ class Session:
         self.engine.feed(ids)
 
     def decode(self, count: int, chunk: int | None = None) -> Iterator[list[int]]:
-        """`count` greedy tokens in chunks, the first chosen by the last id of `feed`.
+        """`count` tokens in chunks, the first chosen by the last id of `feed`: the likeliest, or as the sampler draws.
 
         chunk: tokens at once; None: as many as keep a GPU busy, one by one on a CPU.
         """
         if self.position == 0:
-            raise UsageError("nothing was fed yet: greedy decoding continues at least one token")
+            raise UsageError("nothing was fed yet: decoding continues at least one token")
         if chunk is None:
             return self.engine.decode(count) if self.backend == "cuda" else self.engine.decode(count, 1)
         return self.engine.decode(count, chunk)
@@ -165,6 +184,7 @@ def open_session(
     positions: Positions = None,
     shapes: dict[str, dict[str, int]] | None = None,
     cache_dtype: str = "f16",
+    sampling: bool = False,
     admit: Callable[[GgufFile], None] | None = None,
     check: Callable[[Model], None] | None = None,
     on_load: Progress | None = None,
@@ -182,6 +202,7 @@ def open_session(
     positions    how many positions the caller is going to fill, or a function that says so for the opened model.
     shapes       launch shapes, see `codegen.lower.lower`; None: those that `psigraph tune` kept for this GPU.
     cache_dtype  "f16" or "f32"; f32 in numpy only.
+    sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
     on_load      (bytes read, bytes in all); on_compile: (kernels compiled, kernels in all).
@@ -192,7 +213,7 @@ def open_session(
         raise UsageError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
     if cache_dtype != "f16" and backend != "cpu":
         raise UsageError(f"a {cache_dtype} cache: only the backend cpu has it")
-    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, on_load, on_compile)
+    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, on_load, on_compile)
     # A driver takes a third of a second to start, which the header and the passes can use.
     with ThreadPoolExecutor(max_workers=1) as pool:
         starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None
@@ -275,18 +296,20 @@ class _Opener:
         disable: Sequence[str],
         shapes: dict[str, dict[str, int]] | None,
         cache_dtype: str,
+        sampling: bool,
         on_load: Progress | None,
         on_compile: Progress | None,
     ) -> None:
         self.device, self.outputs, self.graph, self.disable = device, outputs, graph, disable
-        self.shapes, self.cache_dtype = shapes, cache_dtype
+        self.shapes, self.cache_dtype, self.sampling = shapes, cache_dtype, sampling
         self.on_load, self.on_compile = on_load, on_compile
         self.timings: dict[str, float] = {}
+        self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if sampling else {}
 
     def open(self, model: Model, backend: str, starting: Future[Driver] | None) -> Session:
         ends = _end_tokens(model)
         began = time.perf_counter()
-        fused = fuse(model.graph(self.outputs), self.disable)[0]
+        fused = fuse(model.graph(self.outputs, self.sampling), self.disable)[0]
         self._lap("fuse_ms", began)
         if starting is not None:
             began = time.perf_counter()
@@ -327,7 +350,16 @@ class _Opener:
             began = time.perf_counter()
             compiled = compile_program(program, arch, KernelCache(default_cache_dir()), self.on_compile)
             self._lap("compile_ms", began)
-            engine = Engine(driver, program, compiled, model, end_tokens=ends, graph=self.graph, progress=self.on_load)
+            engine = Engine(
+                driver,
+                program,
+                compiled,
+                model,
+                end_tokens=ends,
+                graph=self.graph,
+                progress=self.on_load,
+                constants=self.constants,
+            )
         except BaseException:
             driver.close()
             raise
@@ -352,7 +384,9 @@ class _Opener:
     def _in_numpy(self, model: Model, fused: Graph, ends: tuple[int, ...], reason: str) -> Session:
         from .numpy_path import NumpyEngine
 
-        engine = NumpyEngine(fused, model, ends, cache_dtype=self.cache_dtype, progress=self.on_load)
+        engine = NumpyEngine(
+            fused, model, ends, cache_dtype=self.cache_dtype, progress=self.on_load, constants=self.constants
+        )
         self._engine_timings(engine.timings)
         facts = {
             "arithmetic": f"numpy {np.dtype(engine.dtype).name}, {self.cache_dtype} cache",

@@ -17,6 +17,7 @@ from psigraph.build import Model
 from psigraph.ir.errors import DeviceError, ModelFileError, PolicyRefusal, UnsupportedModelError, UsageError
 from psigraph.runtime.synth import write_synth
 from psigraph.runtime.synth_vocab import SMALLEST
+from psigraph.sampler import SamplerSettings
 from psigraph.session import open_model_for, open_session
 
 
@@ -183,3 +184,31 @@ def test_a_rewind_forgets_what_came_after_and_nothing_before() -> None:
         session.rewind(0)
         session.feed([9])
         assert session.position == 1
+
+
+def test_a_session_that_samples_draws_what_the_seed_says_and_takes_the_likeliest_until_told() -> None:
+    def tokens(session: sessions.Session) -> list[int]:
+        session.reset()
+        session.feed([5, 6, 7, 8])
+        return [token for chunk in session.decode(6) for token in chunk]
+
+    with open_session(Q4, "cpu", ctx=16) as session:
+        likeliest = tokens(session)
+        assert not session.samples
+        session.set_sampler(SamplerSettings(temperature=0))
+        with pytest.raises(UsageError, match="sampling=True"):
+            session.set_sampler(SamplerSettings())
+    with open_session(Q4, "cpu", ctx=16, sampling=True) as session:
+        assert session.samples
+        assert tokens(session) == likeliest
+        session.set_sampler(SamplerSettings(temperature=1.5, seed=3))
+        drawn = tokens(session)
+        assert drawn == tokens(session) != likeliest
+        session.set_sampler(SamplerSettings(temperature=1.5, seed=4))
+        assert tokens(session) != drawn
+        session.set_sampler(SamplerSettings(temperature=0))
+        assert tokens(session) == likeliest
+        with pytest.raises(UsageError, match="outside the vocabulary"):
+            session.set_sampler(SamplerSettings(logit_bias={4096: 1.0}))
+        with pytest.raises(UsageError, match="no constant seed"):
+            session.engine.set_constant("seed", SamplerSettings().words())
