@@ -7,6 +7,7 @@ Every call goes through `Driver.call`, so that a failure of any of them becomes 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,9 @@ ADVICE = {
     "CUDA_ERROR_INVALID_DEVICE": "there is no such GPU; `psigraph doctor` lists them",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver and its library differ in version; reboot or reinstall the driver",
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the kernels were compiled for another GPU; clear the kernel cache",
-    "CUDA_ERROR_OUT_OF_MEMORY": "lower --ctx, or free the GPU's memory (nvidia-smi shows who holds it)",
 }
+OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+LOWER = "lower --ctx, use a smaller model, or free the GPU (nvidia-smi shows who holds it)"
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,18 @@ class Driver:
         """Call a driver function; its result without the status, DeviceError on failure."""
         status, *results = getattr(self.api, name)(*args)
         if status != self.api.CUresult.CUDA_SUCCESS:
-            label = getattr(status, "name", str(status))
-            advice = ADVICE.get(label, "the GPU's state is unknown now; start the program again")
-            kind = OutOfMemoryError if label == "CUDA_ERROR_OUT_OF_MEMORY" else DeviceError
-            raise kind(f"{name} failed with {label}: {advice}")
+            raise self._error(name, status)
         return results[0] if len(results) == 1 else tuple(results) if results else None
+
+    def _error(self, name: str, status: Any) -> DeviceError:
+        label = getattr(status, "name", str(status))
+        if label == OUT_OF_MEMORY:
+            return OutOfMemoryError(f"{name} failed with {label}: it needs more than is free ({self._free()}); {LOWER}")
+        advice = ADVICE.get(label, "the GPU's state is unknown now; start the program again")
+        # The driver's own words: the stand-in names the kernel here, and what it did.
+        told, text = self.api.cuGetErrorString(status)
+        words = " ".join(bytes(text or b"").decode(errors="replace").split()) if told == status.CUDA_SUCCESS else ""
+        return DeviceError(f"{name} failed with {label}{f' ({words})' if words and words != label else ''}: {advice}")
 
     def attribute(self, name: str) -> int:
         value = getattr(self.api.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
@@ -88,19 +97,18 @@ class Driver:
             driver_version=f"{version // 1000}.{version % 1000 // 10}",
         )
 
-    def free_memory(self) -> int:
-        """Free device memory, bytes."""
-        return int(self.call("cuMemGetInfo")[0])
+    def _free(self) -> str:
+        """How much device memory is free, for messages: asking may fail too."""
+        status, free, _ = self.api.cuMemGetInfo()
+        return f"{mebibytes(free)} of GPU memory" if status == status.CUDA_SUCCESS else "how much is not known"
 
     def allocate(self, nbytes: int, what: str) -> int:
         """Device memory; OutOfMemoryError says how much was needed and free, and what to lower."""
         try:
             return int(self.call("cuMemAlloc", nbytes))
         except OutOfMemoryError:
-            free = self.free_memory()
             raise OutOfMemoryError(
-                f"{what} needs {nbytes / 2**20:,.0f} MiB of GPU memory and {free / 2**20:,.0f} MiB are free; "
-                "lower --ctx, use a smaller model, or free the GPU (nvidia-smi shows who holds it)"
+                f"{what} needs {mebibytes(nbytes)} of GPU memory, cuMemAlloc found less free ({self._free()}); {LOWER}"
             ) from None
 
     def load_kernel(self, image: bytes, name: str, dynamic_shared: int = 0) -> tuple[Any, Any]:
@@ -114,7 +122,7 @@ class Driver:
                 self.call("cuFuncSetAttribute", function, limit, dynamic_shared)
             carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             self.call("cuFuncSetAttribute", function, carveout, 100)
-        except DeviceError:
+        except BaseException:
             self.api.cuModuleUnload(module)
             raise
         return module, function
@@ -155,7 +163,7 @@ class Driver:
         self.call("cuLaunchKernelEx", config, function, (values, types), 0)
 
     def host_memory(self, nbytes: int) -> HostMemory:
-        """Page-locked host memory."""
+        """Page-locked host memory; OutOfMemoryError says how much was needed and free, and what to lower."""
         return HostMemory(self, nbytes)
 
     def close(self) -> None:
@@ -175,10 +183,27 @@ class HostMemory:
 
     def __init__(self, driver: Driver, nbytes: int) -> None:
         self._driver = driver
-        self.address = int(driver.call("cuMemHostAlloc", nbytes, 0))
+        try:
+            self.address = int(driver.call("cuMemHostAlloc", nbytes, 0))
+        except OutOfMemoryError:
+            raise OutOfMemoryError(
+                f"cuMemHostAlloc could not lock {mebibytes(nbytes)} of main memory ({mebibytes(free_main_memory())} "
+                "are free); lower --ctx, or close other programs"
+            ) from None
         self.view = memoryview((ctypes.c_uint8 * nbytes).from_address(self.address)).cast("B")
 
     def close(self) -> None:
         if self.address:
             self._driver.api.cuMemFreeHost(self.address)
             self.address = 0
+
+
+def mebibytes(nbytes: int) -> str:
+    """`1,234 MiB`, and `0.03 MiB` for little."""
+    size = nbytes / 2**20
+    return f"{size:,.0f} MiB" if size >= 10 else f"{size:.2f} MiB"
+
+
+def free_main_memory() -> int:
+    """Bytes of main memory that nothing uses."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

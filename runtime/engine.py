@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import DeviceError, OutOfMemoryError, UsageError
-from ..ir.program import Launch, Program
+from ..ir.program import Buffer, Launch, Program
 from .compiler import CompiledKernel
 from .driver import Driver, HostMemory
 from .tables import table_values
@@ -82,7 +82,7 @@ class Engine:
         self._stream: Any = None
         self._graph: Any = None
         self._executable: Any = None
-        self._failed = False
+        self._failed = ""  # the failure after which nothing can be trusted
         self.position = 0
         try:
             self._stream = self.driver.call("cuStreamCreate", 1)
@@ -142,15 +142,15 @@ class Engine:
 
     def _write(self, buffer: str, values: np.ndarray) -> None:
         data = np.ascontiguousarray(values)
-        self.driver.call("cuMemcpyHtoD", self._address[buffer], data.ctypes.data, data.nbytes)
+        self._guard("cuMemcpyHtoD", self._address[buffer], data.ctypes.data, data.nbytes)
 
     def _pinned(self, nbytes: int) -> HostMemory:
-        memory = self.driver.host_memory(nbytes)
+        memory: HostMemory = self._guarded(self.driver.host_memory, nbytes)
         self._host.append(memory)
         return memory
 
     def _event(self) -> Any:
-        event = self.driver.call("cuEventCreate", 0)
+        event = self._guard("cuEventCreate", 0)
         self._events.append(event)
         return event
 
@@ -175,20 +175,25 @@ class Engine:
 
     def launch(self, launch: Launch) -> None:
         """Launch one kernel of the step on the engine's stream."""
+        self._check()
         args = [
             (self._address[arg], ctypes.c_void_p) if isinstance(arg, str) else (arg, ctypes.c_int)
             for arg in launch.args
         ]
-        self.driver.launch(
-            self._functions[launch.kernel],
-            launch.grid,
-            launch.block,
-            launch.shared_bytes,
-            self._stream,
-            args,
-            launch.programmatic,
-            launch.cluster,
-        )
+        try:
+            self.driver.launch(
+                self._functions[launch.kernel],
+                launch.grid,
+                launch.block,
+                launch.shared_bytes,
+                self._stream,
+                args,
+                launch.programmatic,
+                launch.cluster,
+            )
+        except DeviceError as error:  # out of memory too: half a step is no state to go on from
+            self._failed = str(error)
+            raise
 
     # --- state ---
 
@@ -204,21 +209,9 @@ class Engine:
         """Back to position 0; the cache's old contents are never read again."""
         self._check()
         for state in ("token", "position", "stop"):
-            self.driver.call("cuMemsetD8Async", self._address[state], 0, 4, self._stream)
+            self._guard("cuMemsetD8Async", self._address[state], 0, 4, self._stream)
         self.synchronize()
         self.position = 0
-
-    def rewind(self, position: int) -> None:
-        """Back to an earlier position: what the caches hold before it stays, the rest is never read again.
-
-        Go on with `feed`. UsageError for a position that was not reached.
-        """
-        if not 0 <= position <= self.position:
-            raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
-        self.reset()
-        if position:
-            self._write("position", np.array([position], np.int32))
-            self.position = position
 
     def set_constant(self, name: str, values: np.ndarray) -> None:
         """Queue new contents of a constant: steps queued before this see the old ones, later steps the new.
@@ -259,16 +252,22 @@ class Engine:
 
     def _check(self) -> None:
         if self._failed:
-            raise DeviceError("the GPU failed earlier in this process; start the program again")
+            raise DeviceError(f"the GPU failed earlier in this process: {self._failed}")
+        if self._stream is None:
+            raise UsageError("this engine is closed; open another")
 
     def _guard(self, name: str, *args: Any) -> Any:
-        """A call after which a failure leaves nothing that can be trusted."""
+        """A call after which a failure leaves nothing that can be trusted: whatever follows is refused at once."""
+        return self._guarded(self.driver.call, name, *args)
+
+    def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
+        self._check()
         try:
-            return self.driver.call(name, *args)
+            return function(*args)
         except OutOfMemoryError:
             raise
-        except DeviceError:
-            self._failed = True
+        except DeviceError as error:
+            self._failed = str(error)
             raise
 
     def step(self) -> None:
@@ -381,6 +380,13 @@ class Engine:
             if buffer.kind != "scratch" and known.get(buffer.name) != buffer:
                 raise UsageError(f"the other program keeps {buffer.name} differently; open a new engine")
         self.synchronize()
+        try:
+            self._exchange(program, compiled, known)
+        except DeviceError as error:  # out of memory too: neither program is whole
+            self._failed = self._failed or str(error)
+            raise
+
+    def _exchange(self, program: Program, compiled: dict[str, CompiledKernel], known: dict[str, Buffer]) -> None:
         for buffer in program.buffers:
             if known.get(buffer.name) != buffer:
                 address = self.driver.allocate(buffer.nbytes, "scratch memory of another program")
@@ -392,9 +398,9 @@ class Engine:
             self._executable = None
             self.driver.call("cuGraphDestroy", self._graph)
             self._graph = None
-        for module in self._modules:
-            self.driver.call("cuModuleUnload", module)
-        self._modules, self._functions = [], {}
+        self._functions = {}
+        while self._modules:
+            self.driver.call("cuModuleUnload", self._modules.pop())
         self.program, self.compiled = program, compiled
         self._load_modules()
         if self.graph:
@@ -421,29 +427,27 @@ class Engine:
         begin, done = self._event(), self._event()
         seconds = []
         for _ in range(repeats + 1):
-            self.driver.call("cuEventRecord", begin, self._stream)
+            self._guard("cuEventRecord", begin, self._stream)
             args = (
                 (start, ctypes.c_void_p),
                 (count, ctypes.c_ulonglong),
                 (self._address[self.program.buffers[-1].name], ctypes.c_void_p),
             )
             self.driver.launch(self._functions[PROBE], 4 * self.program.sm_count, 512, 0, self._stream, args)
-            self.driver.call("cuEventRecord", done, self._stream)
-            self.driver.call("cuEventSynchronize", done)
-            seconds.append(float(self.driver.call("cuEventElapsedTime", begin, done)) / 1e3)
+            self._guard("cuEventRecord", done, self._stream)
+            self._guard("cuEventSynchronize", done)
+            seconds.append(float(self._guard("cuEventElapsedTime", begin, done)) / 1e3)
         return count * 16 / float(np.median(seconds[1:]))
 
     def step_times(self, count: int) -> np.ndarray:
         """Microseconds of `count` further steps, one event between each; float64[count]."""
         events = [self._event() for _ in range(count + 1)]
-        self.driver.call("cuEventRecord", events[0], self._stream)
+        self._guard("cuEventRecord", events[0], self._stream)
         for event in events[1:]:
             self.step()
-            self.driver.call("cuEventRecord", event, self._stream)
+            self._guard("cuEventRecord", event, self._stream)
         self.synchronize()
-        return np.array(
-            [float(self.driver.call("cuEventElapsedTime", a, b)) * 1e3 for a, b in itertools.pairwise(events)]
-        )
+        return np.array([float(self._guard("cuEventElapsedTime", a, b)) * 1e3 for a, b in itertools.pairwise(events)])
 
     # --- ending ---
 

@@ -34,16 +34,20 @@ class WeightSource(Protocol):
 
 
 class _Slab:
-    """One page-locked and one device buffer of SLAB_BYTES, and the event that frees them."""
+    """One page-locked and one device buffer, and the event that frees them."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, nbytes: int) -> None:
         self.driver = driver
         self.host: HostMemory | None = None
         self.device = 0
         self.event: Any = None
-        self.host = driver.host_memory(SLAB_BYTES)
-        self.device = driver.allocate(SLAB_BYTES, "the buffer for loading weights")
-        self.event = driver.call("cuEventCreate", 0)
+        try:
+            self.host = driver.host_memory(nbytes)
+            self.device = driver.allocate(nbytes, "the buffer for loading weights")
+            self.event = driver.call("cuEventCreate", 0)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         if self.event is not None:
@@ -68,12 +72,13 @@ def upload_weights(
     ModelFileError if the file ends before a tensor does.
     """
     weights = [buffer for buffer in program.buffers if buffer.kind == "weight"]
-    total = sum(source.place(buffer.source)[1] for buffer in weights)
+    sizes = [source.place(buffer.source)[1] for buffer in weights]
+    total, slab_bytes = sum(sizes), min(SLAB_BYTES, max(sizes, default=1))
     done = 0
     slabs: list[_Slab] = []
     try:
-        slabs.append(_Slab(driver))
-        slabs.append(_Slab(driver))
+        slabs.append(_Slab(driver, slab_bytes))
+        slabs.append(_Slab(driver, slab_bytes))
         turn = 0
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             for buffer in weights:
@@ -91,6 +96,9 @@ def upload_weights(
                     if progress:
                         progress(done, total)
         driver.call("cuStreamSynchronize", stream)
+    except BaseException:
+        driver.api.cuStreamSynchronize(stream)  # copies may still read the slabs
+        raise
     finally:
         for slab in slabs:
             slab.close()
