@@ -17,7 +17,7 @@ from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node
 from .emission import Context, Emitted
 from .weight_types import padded_columns
-from .writer import Writer, c_float
+from .writer import Writer, c_float, signature
 
 ATTENTION_OPS = ("rope_append", "rope_attention", "attention")
 
@@ -66,8 +66,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     take("int context", ctx.ctx)
 
     writer = Writer()
-    signature = ", ".join(parameters)
-    with writer.block(f'extern "C" __global__ void __launch_bounds__({THREADS}) KERNEL({signature})'):
+    with writer.block(signature(THREADS, parameters)):
         writer.lines(f"""
             constexpr int HEAD_DIM = {head_dim}, SPLITS = {splits};
             constexpr int GROUP = {group};  // query heads that share a key/value head

@@ -17,7 +17,7 @@ from .product import Product
 from .product_epilogues import EPILOGUES, Epilogue
 from .shapes import product_shape
 from .weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
-from .writer import Writer, c_float
+from .writer import Writer, c_float, signature
 
 PRODUCTS = tuple(EPILOGUES)
 
@@ -93,8 +93,7 @@ def _text(product: Product, epilogue: Epilogue) -> str:
     )
     even_slices = product.superblocks % product.slice == 0
     count = "SLICE" if even_slices else "SUPERBLOCKS - first < SLICE ? SUPERBLOCKS - first : SLICE"
-    signature = ", ".join(product.parameters)
-    with writer.block(f'extern "C" __global__ void __launch_bounds__({product.threads}) KERNEL({signature})'):
+    with writer.block(signature(product.threads, product.parameters)):
         writer.lines(f"""
             constexpr int COLUMN_WARPS = {shape.column_warps}, TILE_WARPS = {shape.tile_warps}, WARPS = {shape.warps};
             constexpr int DEPTH = {shape.depth};

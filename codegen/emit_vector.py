@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ..ir.graph import Node, Value
 from .emission import Context, Emitted
 from .weight_types import WEIGHT_TYPES, padded_columns, superblocks
-from .writer import Writer, c_float
+from .writer import Writer, c_float, signature
 
 THREADS = 256
 ONE_BLOCK = 1024
@@ -48,7 +48,7 @@ class _Kernel:
         self.writer.line("wait_for_previous_kernel();")
 
     def done(self, blocks: int, bytes_read: int = 0) -> Emitted:
-        head = f'extern "C" __global__ void __launch_bounds__({self.threads}) KERNEL({", ".join(self.parameters)}) {{\n'
+        head = signature(self.threads, self.parameters) + " {\n"
         body = "".join(f"    {line}\n" if line else "\n" for line in self.writer.text().splitlines())
         return Emitted(self.node.op, head + body + "}\n", blocks, self.threads, tuple(self.args), bytes_read=bytes_read)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -40,6 +41,13 @@ class Writer:
 
     def text(self) -> str:
         return "\n".join(self._lines) + "\n"
+
+
+def signature(threads: int, parameters: Sequence[str]) -> str:
+    """The head of a kernel, parameters on as many lines as they need; KERNEL stands for its name."""
+    lines = textwrap.wrap(", ".join(parameters), 110, break_long_words=False)
+    inner = "\n    ".join(lines)
+    return f'extern "C" __global__ void __launch_bounds__({threads}) KERNEL(\n    {inner})'
 
 
 def c_float(value: float) -> str:
