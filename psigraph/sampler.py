@@ -13,7 +13,8 @@ from .ir.sampling import BIAS_SLOTS, BIAS_TOKENS, BIAS_VALUES, SAMPLER_WORDS
 
 MOST_TEMPERATURE = 100.0
 SEEDS = 1 << 64
-# Bins of the kernels' search: 1024 of them reach 32 units of a logit far at temperature 1.
+# Bins of the kernels' search: 1024 of them reach 32 units of a logit far at temperature 1. Weights end at 27.8 units
+# (40 bits), so that the last bin, which holds all that is further, weighs nothing.
 _BINS_PER_UNIT = 32.0
 
 

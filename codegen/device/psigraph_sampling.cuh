@@ -205,6 +205,7 @@ struct Draw {
         }
 #pragma unroll
         for (int m = 0; m < 3; m++) before.of[m] += up_to.of[m] - own_bin.of[m];
+        if (threadIdx.x == SPAN - 1) own_bin.of[COUNT] = (u64)size - before.of[COUNT];
         __syncthreads();
         return total;
     }
@@ -337,6 +338,7 @@ template <int SIZE> DEVICE bool draw_token(const float* logits, const float* pea
         } else {
             Sums sums = draw.measures(key);
             int bin = draw.bin_of(key);
+            if (bin == SPAN - 1) continue;  // what is so far away weighs nothing, and can be counted by what is not
             if (top_k > 0) atomicAdd(&tally->bins[COUNT][bin], 1ull);
             if (top_p && sums.of[PLAIN]) atomicAdd(&tally->bins[PLAIN][bin], sums.of[PLAIN]);
             if (sums.of[TEMPERED]) atomicAdd(&tally->bins[TEMPERED][bin], sums.of[TEMPERED]);

@@ -159,6 +159,7 @@ EXTREMES = {
     "zeros of both signs": np.where(np.arange(LARGE) % 2, -0.0, 0.0),
     "huge": normal(LARGE, 1e37),
     "sorted": np.linspace(5, -5, LARGE),
+    "far apart": np.linspace(5, -200, LARGE),
     "largest in one span": np.r_[np.linspace(10, 9, 1024), normal(LARGE - 1024, 0.1)],
 }
 
