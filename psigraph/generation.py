@@ -1,111 +1,204 @@
-"""Greedy continuation: tokens until an end token, and their text as it becomes whole characters."""
+"""A prompt's ids in, tokens and text out: what `generate`, `chat` and the Python API have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from .build import Model
-from .guard import guard_for
-from .ir.errors import PolicyRefusal, UnsupportedModelError, UsageError
-from .policy import Admission
+from .ir.errors import UsageError
 from .runtime.tokenizer import Tokenizer
-from .session import Session
+from .sampler import SamplerSettings
+from .session import Session, check_ids
+from .stop_strings import StopStrings
+
+# Why a run ended.
+END, LENGTH, CONTEXT, STOP, INTERRUPTED = "end", "length", "context", "stop", "interrupted"
+GREEDY = SamplerSettings(temperature=0.0)
+_FED_AT_ONCE = 512  # ids between two looks at `cancelled` on a GPU; elsewhere one id takes long enough
 
 
-def continuation(session: Session, ids: Sequence[int], max_new_tokens: int, stop: bool = True) -> Iterator[int]:
-    """Feeds `ids` and gives the tokens that follow, at most `max_new_tokens`, up to the file's end tokens.
+@dataclass(frozen=True)
+class Limits:
+    """How a run is drawn and where it ends.
 
-    The end token itself is not given. stop=False: end tokens end nothing and are given.
-    UsageError for an empty prompt, ids outside the vocabulary, less than one token, or too small a context.
+    max_new_tokens  None: as far as the context reaches.
+    sampler         how tokens are drawn.
+    ignore_end      the file's end tokens end nothing and are given like others.
+    cancelled       asked before every token; True ends the run with the reason "interrupted".
     """
-    if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens}: at least 1 is needed")
-    session.feed(ids)
-    for chunk in session.decode(max_new_tokens):
-        for token in chunk:
-            if stop and token in session.end_tokens:
+
+    max_new_tokens: int | None = None
+    sampler: SamplerSettings = GREEDY
+    ignore_end: bool = False
+    cancelled: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
+
+
+class Decoder:
+    """A session, and the ids that its caches hold: a prompt that begins with them is not fed all over again.
+
+    One run at a time: a run that is begun ends the one before.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._held: list[int] = []
+
+    def run(self, ids: Sequence[int], limits: Limits | None = None) -> TokenRun:
+        """The tokens that follow `ids`; nothing is computed until the first is asked for.
+
+        UsageError for an empty prompt, an id outside the vocabulary, a prompt that the context does not hold, and
+        settings that the session cannot sample by.
+        """
+        limits = limits or Limits()
+        check_ids(ids, self.session.vocabulary)
+        if len(ids) > self.session.context:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.session.context}; shorten it, "
+                "or give a larger --ctx"
+            )
+        self.session.set_sampler(limits.sampler)
+        return TokenRun(self, list(ids), limits)
+
+    def forget(self) -> None:
+        """Feed the next prompt from its first id."""
+        self._held = []
+
+    def begin(self, ids: Sequence[int]) -> int:
+        """Goes back to where the caches and `ids` part, and says how many ids need not be fed."""
+        known = min(self.session.position, len(self._held), len(ids) - 1)  # the last id's step makes the first choice
+        same = next((index for index in range(known) if self._held[index] != ids[index]), known)
+        self.session.rewind(same)
+        self._held = list(ids)
+        return same
+
+    def holds(self, token: int) -> None:
+        """A further token was chosen, and goes in next."""
+        self._held.append(token)
+
+
+class TokenRun(Iterator[int]):
+    """Tokens as they are chosen; the end token is not given. When it is over, `reason` says why.
+
+    ids            the tokens given so far.
+    reason         "" while it runs; "end": the model ended the text; "length": max_new_tokens; "context": the context
+                   is full; "interrupted"; "stop" is set by a `TextRun` that found a stop string.
+    prompt_tokens  ids of the prompt; reused_tokens: how many of them the caches held already.
+    """
+
+    def __init__(self, decoder: Decoder, prompt: list[int], limits: Limits) -> None:
+        self.ids: list[int] = []
+        self.reason = ""
+        self.prompt_tokens = len(prompt)
+        self.reused_tokens = 0
+        self._session = decoder.session
+        self._first_s = self._last_s = 0.0
+        self._decoded = 0
+        self._tokens = self._generate(decoder, prompt, limits)
+
+    def __next__(self) -> int:
+        return next(self._tokens)
+
+    def end(self, reason: str) -> None:
+        """Ends the run early."""
+        self._tokens.close()
+        self.reason = self.reason or reason
+
+    def timings(self) -> dict[str, Any]:
+        """Counts, milliseconds and the rate: tokens after the first by the time from the first to the last."""
+        decode_s = self._last_s - self._first_s
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "generated_tokens": len(self.ids),
+            "first_token_ms": round(1e3 * self._first_s, 3),
+            "decode_ms": round(1e3 * decode_s, 3),
+            "decode_tokens_per_second": round((self._decoded - 1) / decode_s, 2) if decode_s > 0 else None,
+        }
+
+    def _generate(self, decoder: Decoder, prompt: list[int], limits: Limits) -> Generator[int, None, None]:
+        session = self._session
+        began = time.perf_counter()
+        self.reused_tokens = decoder.begin(prompt)
+        at_once = _FED_AT_ONCE if session.backend == "cuda" else 1
+        for first in range(self.reused_tokens, len(prompt), at_once):
+            if limits.cancelled():
+                self.reason = INTERRUPTED
                 return
+            session.feed(prompt[first : first + at_once])
+        space = session.context - len(prompt) + 1  # the last token is chosen and never goes in
+        count = space if limits.max_new_tokens is None else min(space, limits.max_new_tokens)
+        for token in self._decoded_tokens(count, began):
+            decoder.holds(token)
+            if limits.cancelled():
+                self.reason = INTERRUPTED
+            elif token in session.end_tokens and not limits.ignore_end:
+                self.reason = END
+            if self.reason:
+                return
+            self.ids.append(token)
+            if len(self.ids) == count:
+                self.reason = LENGTH if count == limits.max_new_tokens else CONTEXT
             yield token
 
+    def _decoded_tokens(self, count: int, began: float) -> Iterator[int]:
+        """`count` tokens, with the clock read as they arrive."""
+        session = self._session
+        token = session.engine.chosen()  # waits for the prompt, and not for the steps that are queued after it
+        self._first_s = self._last_s = time.perf_counter() - began
+        self._decoded = 1
+        yield token
+        if count == 1:
+            return
+        seen = 0
+        for chunk in session.decode(count):
+            self._last_s = time.perf_counter() - began
+            self._decoded = seen + len(chunk)
+            yield from chunk[1:] if seen == 0 else chunk  # the first token is known already
+            seen += len(chunk)
 
-def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens, piece by piece, never half a character; control tokens are left out."""
-    stream = tokenizer.stream(skip_special=True)
-    for token in tokens:
-        piece = stream.push(token)
-        if piece:
-            yield piece
-    rest = stream.finish()
-    if rest:
-        yield rest
 
+class TextRun(Iterator[str]):
+    """The text of a run in pieces, never half a character nor part of a stop string; control tokens are left out.
 
-class Prompt:
-    """A prompt as text or as ids, made ready while the model loads.
-
-    A vocabulary of 150,000 tokens takes a third of a second to build, so a thread does it beside the weights. Pass
-    `positions` and `check` to `open_session`, then ask for `ids` and `tokenizer`. Use it in a `with` statement.
+    tokens  the run below, with its ids and timings.
+    text    what was given so far.
     """
 
-    def __init__(self, text: str | None, ids: Sequence[int] | None, max_new_tokens: int) -> None:
-        """Exactly one of text and ids; UsageError otherwise, and for an empty one."""
-        if (text is None) == (ids is None):
-            raise UsageError("the prompt: give either --prompt or --prompt-token-ids")
-        if text == "" or (ids is not None and not ids):
-            raise UsageError("the prompt is empty: give at least one token")
-        if max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens {max_new_tokens}: at least 1 is needed")
-        self._text, self._ids, self._new = text, tuple(ids) if ids is not None else None, max_new_tokens
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._building: Future[Tokenizer] | None = None
+    def __init__(self, tokens: TokenRun, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.tokens = tokens
+        self.text = ""
+        self._stream = tokenizer.stream(skip_special=True)
+        self._stops = StopStrings(stop)
+        self._pieces = self._generate()
 
-    def positions(self, model: Model) -> int:
-        """Positions that prompt and answer fill, or less where the context holds them anyway."""
-        self._building = self._pool.submit(Tokenizer, model.file)
-        if self._text is not None:
-            bound = len(self._text.encode("utf-8", "surrogatepass")) + 1 + self._new  # no token has less than a byte
-            if bound <= int(model.binding.sizes["context"]):
-                return 1
-        return len(self.ids) + self._new - 1
+    @property
+    def reason(self) -> str:
+        """Why it ended, "" while it runs: see `TokenRun.reason`."""
+        return self.tokens.reason
 
-    def check(self, admission: Admission) -> None:
-        """PolicyRefusal with the policy's answer where the medical policy is active and refuses the request."""
-        guard = guard_for(admission)
-        if guard is None:
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _generate(self) -> Iterator[str]:
+        for token in self.tokens:
+            yield from self._shown(self._stops.push(self._stream.push(token)))
+            if self._stops.found:
+                self.tokens.reason = STOP  # it may have been the last token that was allowed, too
+                self.tokens.end(STOP)
+                return
+        yield from self._shown(self._stops.push(self._stream.finish()))
+        if self._stops.found:
+            self.tokens.reason = STOP
             return
-        text = self._text if self._text is not None else self.tokenizer.decode(self.ids)
-        decision = guard.classify(text)
-        if decision.refused:
-            raise PolicyRefusal(decision.message)
+        yield from self._shown(self._stops.finish())
 
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """The prompt's token ids."""
-        if self._ids is None:
-            assert self._text is not None
-            self._ids = tuple(self.tokenizer.encode(self._text))
-        return self._ids
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's; UnsupportedModelError if it is of another kind."""
-        assert self._building is not None, "open the model first"
-        return self._building.result()
-
-    @property
-    def tokenizer_or_none(self) -> Tokenizer | None:
-        """None where the file's tokenizer is of another kind: ids work without one."""
-        try:
-            return self.tokenizer
-        except UnsupportedModelError:
-            return None
-
-    def __enter__(self) -> Prompt:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=True)
+    def _shown(self, piece: str) -> Iterator[str]:
+        if piece:
+            self.text += piece
+            yield piece

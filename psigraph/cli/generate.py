@@ -2,46 +2,78 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..ir.errors import UsageError
 from .options import MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
+from .sampling_options import new_seed, sampling_options
 from .stages import stages
+from .texts import STDIN, read_text, stdin_is_piped
+from .writing import showable, speaks_unicode, write_pieces
+
+if TYPE_CHECKING:
+    from ..generation import TokenRun
+    from ..policy import Admission
+    from ..prompt import Prompt
+    from ..session import Session
 
 EPILOG = """\b
 Only the continuation is written to stdout; everything else goes to stderr. Generation stops at the end tokens
-that the file names. Special tokens that the prompt spells out, such as <|im_start|>, are taken as such.
+that the file names, at a --stop string, after N tokens, or where the context is full. Special tokens that the
+prompt spells out, such as <|im_start|>, are taken as such. Without a sampling option the likeliest token is
+taken each time; with any of them tokens are drawn, at temperature 0.8 unless it is given.
 
 \b
 Examples:
   psigraph generate model.gguf --prompt "The whale" --max-new-tokens 64
+  psigraph generate model.gguf --chat --system "Be brief." --prompt "What is a whale?" --temperature 0.7
+  psigraph generate model.gguf --prompt-file story.txt --json > record.json
+  echo "The whale" | psigraph generate model.gguf
   psigraph generate model.gguf --prompt-token-ids 151644,872,198 --output ids"""
 
 
 @click.command("generate", epilog=EPILOG)
 @click.argument("model", type=MODEL_PATH)
-@click.option("--prompt", metavar="TEXT", help="Text to continue.")
+@click.option("--prompt", metavar="TEXT", help="Text to continue; - reads stdin, as does a pipe without a prompt.")
+@click.option("--prompt-file", metavar="FILE", help="The text lies in this file (UTF-8); - reads stdin.")
 @click.option("--prompt-token-ids", "ids", type=TOKEN_IDS, help="Token ids to continue, instead of a text.")
+@click.option("--chat", is_flag=True, help="Write the text as a user's turn, by the file's chat template.")
+@click.option("--system", metavar="TEXT", help="A system message before it; implies --chat.")
+@click.option("--thinking", type=click.Choice(["on", "off"]), help="Switch the model's thinking; implies --chat.")
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Stop after N tokens."
 )
+@click.option("--stop", multiple=True, metavar="STRING", help="Stop before this text; repeatable.")
 @click.option(
     "--output",
     type=click.Choice(["text", "ids"]),
     help="Write text or token ids. Default: text, as far as psigraph knows the file's tokenizer.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON record with text, ids and timings instead.")
+@click.option("--stream/--no-stream", default=None, help="Write pieces as they come, as by default, or all at the end.")
+@sampling_options
 @backend_option()
 @run_options
 @admission_options
 def command(
     model: Path,
     prompt: str | None,
+    prompt_file: str | None,
     ids: tuple[int, ...] | None,
+    chat: bool,
+    system: str | None,
+    thinking: str | None,
     max_new_tokens: int,
+    stop: tuple[str, ...],
     output: str | None,
+    as_json: bool,
+    stream: bool | None,
+    sampling: dict[str, Any],
     backend: str,
     device: int,
     ctx: int | None,
@@ -50,17 +82,23 @@ def command(
     allow_blocked: bool,
     expect_sha256: str | None,
 ) -> None:
-    """Continue a prompt with MODEL, the likeliest token each time (greedy), written as it comes."""
+    """Continue a prompt with MODEL, written as it comes."""
+    _check_output(output, as_json, stream, stop)
+    text = _prompt_text(prompt, prompt_file, ids)
     from ..artifact import admit_file
     from ..build import Model
-    from ..generation import Prompt, continuation, text_pieces
-    from ..guard import guard_for
-    from ..policy import Admission
+    from ..generation import GREEDY, Decoder, Limits
+    from ..prompt import Prompt, Request
     from ..runtime.gguf_file import GgufFile
+    from ..sampler import SamplerSettings
     from ..session import check_ids, open_session, vocabulary_of
+    from ..stop_strings import StopStrings
 
+    StopStrings(stop)  # says what is wrong with one
+    sampler = SamplerSettings(**{"seed": new_seed(), **sampling}) if sampling else GREEDY
+    asked = Request(text, ids, chat, system, None if thinking is None else thinking == "on")
     admitted: list[Admission] = []
-    with Prompt(prompt, ids, max_new_tokens) as request:
+    with Prompt(asked, max_new_tokens, ctx) as request:
         with stages() as bars:
             on_hash = bars.bar(f"hashing {model.name}", in_bytes=True)
 
@@ -90,38 +128,103 @@ def command(
                 graph=not no_graph,
                 disable=disable,
                 positions=request.positions,
+                sampling=not sampler.greedy,
                 admit=admit,
                 check=check,
                 on_load=bars.bar("loading weights", in_bytes=True),
                 on_compile=bars.bar("compiling kernels"),
             )
         with session:
-            tokens = continuation(session, request.ids, max_new_tokens)
-            tokenizer = request.tokenizer if output == "text" else request.tokenizer_or_none
-            if output == "ids" or tokenizer is None:
-                _write(f"{token} " for token in tokens)
-                return
-            pieces = text_pieces(tokenizer, tokens)
-            guard = guard_for(admitted[0])
-            _write(guard.stream(pieces) if guard is not None else pieces)
+            tokens = Decoder(session).run(request.ids, Limits(max_new_tokens, sampler))
+            if as_json:
+                record = _record(tokens, request, admitted[0], session, stop)
+                if not sampler.greedy:
+                    record["seed"] = sampler.seed
+                click.echo("".join(showable([json.dumps(record, ensure_ascii=not speaks_unicode())])))
+            else:
+                pieces = _pieces(tokens, request, admitted[0], output, stop)
+                write_pieces(["".join(pieces)] if stream is False else pieces)
+            if tokens.reason == "context":
+                click.echo(f"psigraph: {context_full(session)}", err=True)
 
 
-def _write(pieces: Iterable[str]) -> None:
-    """Writes pieces as they come and ends the line, after Ctrl-C too, but none where nothing was begun."""
-    begun = False
-    try:
-        for piece in _encodable(pieces):
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
-            begun = True
-        begun = True  # an answer of no characters is a line too
-    finally:
-        if begun:
-            click.echo()
+def context_full(session: Session) -> str:
+    """What to say where a run ended because no position is left."""
+    limit = session.model.binding.context_limit
+    more = f"; a larger --ctx holds up to {limit:,}" if limit > session.context else ""
+    return f"stopped: the context of {session.context:,} tokens is full{more}"
 
 
-def _encodable(pieces: Iterable[str]) -> Iterator[str]:
-    """What a terminal of another encoding cannot show becomes a question mark instead of an error."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    for piece in pieces:
-        yield piece.encode(encoding, "replace").decode(encoding)
+def _check_output(output: str | None, as_json: bool, stream: bool | None, stop: tuple[str, ...]) -> None:
+    if as_json and output:
+        raise UsageError(f"--json holds text and ids; leave --output {output} out")
+    if as_json and stream:
+        raise UsageError("--json writes one record at the end; leave --stream out")
+    if output == "ids" and stop:
+        raise UsageError("--stop looks for text; it does not go with --output ids")
+
+
+def _prompt_text(prompt: str | None, file: str | None, ids: tuple[int, ...] | None) -> str | None:
+    """The prompt's text, None where ids are given instead. A pipe is read only where nothing else is given."""
+    given = {"--prompt": prompt, "--prompt-file": file, "--prompt-token-ids": ids}
+    named = [option for option, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)}: give one of them")
+    if prompt is not None and prompt != STDIN:
+        return prompt
+    if ids is not None:
+        return None
+    if not named and not stdin_is_piped():
+        raise UsageError("no prompt: give --prompt, --prompt-file or --prompt-token-ids, or pipe a text in")
+    text = read_text(file or STDIN)
+    if not text:
+        where = "stdin" if file in (None, STDIN) else file
+        raise UsageError(f"{where}: the prompt is empty; give at least one token, by --prompt for example")
+    return text
+
+
+def _pieces(
+    tokens: TokenRun, request: Prompt, admission: Admission, output: str | None, stop: tuple[str, ...]
+) -> Iterator[str]:
+    """What goes to stdout: text with the policy's disclaimer, or ids."""
+    from ..generation import TextRun
+    from ..guard import guard_for
+
+    needed = output == "text" or stop
+    tokenizer = request.tokenizer.get() if needed else request.tokenizer.get_or_none()
+    if output == "ids" or tokenizer is None:
+        yield from (f"{token} " for token in tokens)
+        return
+    guard = guard_for(admission)
+    text = TextRun(tokens, tokenizer, stop)
+    yield from guard.stream(text) if guard is not None else text
+
+
+def _record(
+    tokens: TokenRun, request: Prompt, admission: Admission, session: Session, stop: tuple[str, ...]
+) -> dict[str, Any]:
+    """The JSON record; text is null where the file's tokenizer is of another kind."""
+    from ..generation import TextRun
+    from ..guard import guard_for
+
+    tokenizer = request.tokenizer.get() if stop else request.tokenizer.get_or_none()
+    text: str | None = None
+    if tokenizer is None:
+        for _ in tokens:
+            pass
+    else:
+        text = "".join(TextRun(tokens, tokenizer, stop))
+    guard = guard_for(admission)
+    record: dict[str, Any] = {
+        "text": text,
+        "ids": tokens.ids,
+        "prompt_ids": list(request.ids),
+        "stopped_by": tokens.reason,
+        "model": session.model.file.path.name,
+        "backend": session.backend,
+        "context": session.context,
+        "timings": {**tokens.timings(), **{key: round(value, 3) for key, value in session.timings.items()}},
+    }
+    if guard is not None:
+        record["disclaimer"] = guard.disclaimer
+    return record

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,12 +17,9 @@ from tiny_model import Q4, changed, reference_greedy
 from psigraph import guard
 from psigraph import session as sessions
 from psigraph.cli import run
-from psigraph.generation import continuation, text_pieces
-from psigraph.ir.errors import UsageError
 from psigraph.policy import template_digest
 from psigraph.runtime.gguf_file import open_gguf
 from psigraph.runtime.tokenizer import Tokenizer
-from psigraph.session import open_session
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
@@ -56,54 +56,8 @@ def test_ids_work_without_a_tokenizer_and_text_does_not(tmp_path: Path, capfd: p
     assert "--prompt-token-ids" in shown.err
 
 
-def test_it_stops_at_the_files_end_token_and_does_not_give_it() -> None:
-    prompt, greedy, _ = reference_greedy(Q4, "one_token")
-    with open_session(Q4, "cpu") as session:
-        at = next(index for index, token in enumerate(greedy) if token in session.end_tokens)
-        assert list(continuation(session, prompt, 64)) == greedy[:at]
-        session.reset()
-        with pytest.raises(UsageError, match="at least 1"):
-            next(continuation(session, prompt, 0))
-
-
-@pytest.mark.parametrize("text", ["naïve café", "日本語", "🩺 ok", "plain"])
-def test_pieces_are_whole_characters(text: str) -> None:
-    with open_gguf(Q4) as file:
-        tokenizer = Tokenizer(file)
-    ids = tokenizer.encode(text)
-    pieces = list(text_pieces(tokenizer, ids))
-    assert "".join(pieces) == text
-    assert all(piece and "\ufffd" not in piece for piece in pieces)
-    cut = list(text_pieces(tokenizer, tokenizer.encode("🩺")[:-1]))
-    assert "".join(cut) == "\ufffd"
-
-
-class Slow:
-    """A session whose tokens can be watched on their way."""
-
-    def __init__(self, seen: list[str]) -> None:
-        self.end_tokens, self.seen = (2,), seen
-
-    def feed(self, ids: Any) -> None: ...
-
-    def decode(self, count: int) -> Any:
-        for index in range(count):
-            self.seen.append(f"token {index}")
-            yield [index]
-
-
-def test_pieces_come_as_the_tokens_do() -> None:
-    seen: list[str] = []
-    tokens = continuation(Slow(seen), [1], 9)  # type: ignore[arg-type]
-    for token in tokens:
-        seen.append(f"shown {token}")  # noqa: PERF401 (the session appends to the same list in between)
-    assert seen == ["token 0", "shown 0", "token 1", "shown 1", "token 2"]
-    assert list(continuation(Slow([]), [1], 4, stop=False)) == [0, 1, 2, 3]  # type: ignore[arg-type]
-
-
 def test_an_interrupt_ends_the_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     def decode(*_: Any) -> Any:
-        yield [67]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sessions.Session, "decode", decode)
@@ -123,22 +77,124 @@ def test_ctrl_c_ends_a_running_process_at_once() -> None:
     assert b"Traceback" not in error
 
 
+def pipe(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_the_prompt_may_lie_in_a_file_or_come_through_a_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def out(*arguments: str) -> str:
+        assert run([*BASE, *arguments]) == 0
+        return capfd.readouterr().out
+
+    wanted = out("--prompt", "Naïve whales")
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"\xef\xbb\xbfNa\xc3\xafve whales\r\n")
+    assert out("--prompt-file", str(file)) == wanted
+    for arguments in ([], ["--prompt", "-"], ["--prompt-file", "-"]):
+        pipe(monkeypatch, "Naïve whales\n".encode())
+        assert out(*arguments) == wanted
+
+
+def test_a_chat_turn_is_written_as_the_file_says(capfd: pytest.CaptureFixture[str]) -> None:
+    _, greedy, _ = reference_greedy(Q4, "chat")
+    said = ["--prompt", "The state of the Union is strong."]
+    assert run([*BASE, "--chat", *said, "--output", "ids"]) == 0
+    assert [int(token) for token in capfd.readouterr().out.split()] == greedy[:6]
+    assert run([*BASE, "--system", "Be brief.", *said, "--json", "--max-new-tokens", "1"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    with open_gguf(Q4) as file:
+        prompt = Tokenizer(file).decode(record["prompt_ids"])
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nThe state")
+
+
+def test_the_record(capfd: pytest.CaptureFixture[str]) -> None:
+    prompt, greedy, _ = reference_greedy(Q4, "one_token")
+    ids = ",".join(map(str, prompt))
+    assert run([*BASE, "--prompt-token-ids", ids, "--json"]) == 0
+    out = capfd.readouterr().out
+    assert out.count("\n") == 1
+    record = json.loads(out)
+    with open_gguf(Q4) as file:
+        text = Tokenizer(file).decode(greedy[:6], skip_special=True)
+    assert (record["text"], record["ids"], record["prompt_ids"]) == (text, greedy[:6], prompt)
+    assert (record["stopped_by"], record["backend"], "seed" in record) == ("length", "cpu", False)
+    timings = record["timings"]
+    assert (timings["prompt_tokens"], timings["generated_tokens"]) == (1, 6)
+    assert timings["first_token_ms"] > 0
+    assert timings["decode_tokens_per_second"] == pytest.approx(5e3 / timings["decode_ms"], rel=0.01)
+
+
+def test_a_stop_string_ends_the_text_before_it(capfd: pytest.CaptureFixture[str]) -> None:
+    given = ["generate", str(Q4), "--prompt", "The whale", "--max-new-tokens", "16"]
+    assert run([*given, "--no-stream"]) == 0
+    whole = capfd.readouterr().out
+    stop = whole[6:9]
+    assert run([*given, "--stop", "never there", "--stop", stop]) == 0
+    assert capfd.readouterr().out == whole.partition(stop)[0] + "\n"
+    assert run([*given, "--stop", stop, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["stopped_by"] == "stop"
+
+
+def test_at_the_end_of_the_context_it_stops_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([*BASE, "--prompt", "a", "--ctx", "4", "--max-new-tokens", "99", "--output", "ids"]) == 0
+    shown = capfd.readouterr()
+    assert len(shown.out.split()) == 4  # the last of them is chosen and takes no position
+    assert shown.err.splitlines()[-1] == (
+        "psigraph: stopped: the context of 4 tokens is full; a larger --ctx holds up to 2,048"
+    )
+
+
+def test_a_seed_gives_its_text_again(capfd: pytest.CaptureFixture[str]) -> None:
+    def record(*options: str) -> dict[str, Any]:
+        assert run([*BASE, "--prompt", "The whale", "--json", *options]) == 0
+        found: dict[str, Any] = json.loads(capfd.readouterr().out)
+        return found
+
+    hot = ("--temperature", "1.5", "--top-k", "0", "--top-p", "1", "--min-p", "0")
+    first = record(*hot)
+    assert record(*hot, "--seed", str(first["seed"]))["ids"] == first["ids"]
+    assert record(*hot, "--seed", "1")["ids"] != record(*hot, "--seed", "2")["ids"]
+    greedy = record("--temperature", "0")
+    assert "seed" not in greedy
+    forbidden = record("--temperature", "0", "--logit-bias", f"{greedy['ids'][0]}=-inf")
+    assert forbidden["ids"][0] != greedy["ids"][0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        ([], 2, "either --prompt or --prompt-token-ids"),
-        (["--prompt", "a", "--prompt-token-ids", "1"], 2, "either --prompt or --prompt-token-ids"),
+        ([], 2, "stdin: the prompt is empty; give at least one token"),
+        (["--prompt", "a", "--prompt-token-ids", "1"], 2, "--prompt and --prompt-token-ids: give one of them"),
+        (["--prompt", "a", "--prompt-file", "b"], 2, "--prompt and --prompt-file: give one of them"),
+        (["--prompt-file", "/nonexistent"], 2, "/nonexistent: cannot be read: No such file"),
+        (["--prompt-file", "/"], 2, "/: cannot be read: Is a directory"),
         (["--prompt", ""], 2, "prompt is empty"),
         (["--prompt-token-ids", " "], 2, "prompt is empty"),
         (["--prompt-token-ids", "4096"], 2, "ids are 0 to 4095"),
         (["--prompt-token-ids", "99999999999"], 2, "is no token id"),
+        (["--prompt-token-ids", "1", "--chat"], 2, "--chat writes a text as a chat"),
+        (["--prompt-token-ids", "1", "--system", ""], 2, "--system writes a text as a chat"),
+        (["--prompt", "a", "--thinking", "on"], 2, "--thinking on: the model's chat template cannot switch"),
         (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
-        (["--prompt", "a", "--max-new-tokens", "2048"], 0, ""),
-        (["--prompt", "a", "--max-new-tokens", "2049"], 2, "context has 2048"),
-        (["--prompt", "a b c", "--ctx", "6"], 2, "--ctx 6"),
+        (["--prompt", "a", "--max-new-tokens", "2049"], 0, ""),
+        (["--prompt", "a " * 2049], 2, "the prompt has 2050 tokens, the model's context holds 2048; shorten"),
+        (["--prompt", "a b c d", "--ctx", "3"], 2, "--ctx 3: the prompt has 4 tokens; shorten it, or give --ctx 4"),
         (["--prompt", "a", "--backend", "cuda"], 7, "--backend cpu"),
         (["--prompt", "a", "--device", "-1"], 2, "--device"),
         (["--prompt", "\udcff"], 2, "not valid Unicode"),
+        (["--prompt", "\udcff", "--chat"], 2, "not valid Unicode"),
+        (["--prompt", "a", "--json", "--output", "ids"], 2, "leave --output ids out"),
+        (["--prompt", "a", "--json", "--stream"], 2, "leave --stream out"),
+        (["--prompt", "a", "--stop", "b", "--output", "ids"], 2, "does not go with --output ids"),
+        (["--prompt", "a", "--stop", ""], 2, "stop string is empty"),
+        (["--prompt", "a", "--temperature", "-1"], 2, "--temperature"),
+        (["--prompt", "a", "--top-p", "1.5"], 2, "--top-p"),
+        (["--prompt", "a", "--seed", "x"], 2, "--seed"),
+        (["--prompt", "a", "--logit-bias", "5"], 2, "give token id and bias as 42=-5"),
+        (["--prompt", "a", "--logit-bias", "5=nan"], 2, "give token id and bias as 42=-5"),
+        (["--prompt", "a", "--logit-bias", "4096=1"], 2, "token id 4096 is outside the vocabulary"),
     ],
 )
 def test_refusals(
@@ -149,12 +205,35 @@ def test_refusals(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sessions.Session, "decode", lambda self, count: iter(()))
+    pipe(monkeypatch, b"")
     assert run([*BASE, *arguments]) == code
     shown = capfd.readouterr()
     lines = [line for line in shown.err.splitlines() if "warning" not in line]
     assert len(lines) == (1 if code else 0)
     assert all(named in line for line in lines)
     assert code == 0 or shown.out == ""
+
+
+def test_what_is_no_utf8_is_refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    pipe(monkeypatch, b"The \xff whale")
+    assert run(BASE) == 2
+    assert capfd.readouterr() == (
+        "",
+        "psigraph: stdin: byte 4 (0xff) is not UTF-8; convert the text first, for example with iconv\n",
+    )
+    monkeypatch.setattr("sys.stdin", None)
+    assert run(BASE) == 2
+    assert "no prompt: give --prompt" in capfd.readouterr().err
+
+
+def test_a_reader_that_went_away_ends_it_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "psigraph", *BASE, "--prompt", "a", "--backend", "cpu"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 141
+    assert all("warning" in line for line in done.stderr.splitlines())
 
 
 @pytest.mark.parametrize("given", ["text", "ids"])
@@ -168,9 +247,14 @@ def test_the_medical_guard_answers_instead_of_the_model(
     monkeypatch.setattr("psigraph.policy.Policy.is_medpsy", lambda self, sha256, template: template == digest)
     prompt = ["--prompt", request] if given == "text" else ["--prompt-token-ids", ",".join(map(str, ids))]
     assert run([*BASE, *prompt]) == 5
+    if given == "text":
+        for hidden in (["--chat", *prompt], ["--system", request, "--prompt", "Go on."]):
+            assert run([*BASE, *hidden]) == 5
     shown = capfd.readouterr()
     assert shown.out == ""
     assert guard.Guard(guard.load_policy().data["guard"]).classify(request).message.split(".")[0] in shown.err
     assert run([*BASE, "--prompt", "What is a virus?"]) == 0
     disclaimer = guard.load_policy().data["guard"]["disclaimer"]
     assert capfd.readouterr().out.startswith(disclaimer)
+    assert run([*BASE, "--prompt", "What is a virus?", "--json", "--max-new-tokens", "1"]) == 0
+    assert json.loads(capfd.readouterr().out)["disclaimer"] == disclaimer
