@@ -2,10 +2,9 @@
 
 import psigraph
 
-with psigraph.load("model.gguf") as session:      # a GPU if one works, else numpy
-    session.feed([151644])
-    for tokens in session.decode(64):
-        print(tokens)
+with psigraph.load("model.gguf") as model:      # a GPU if one works, else numpy
+    for piece in model.generate("The whale", max_new_tokens=32):
+        print(piece, end="")
 
 psigraph.compile("model.gguf", "compiled", arches=["sm_89", "sm_90a"])      # needs no GPU
 """
@@ -19,23 +18,66 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from .api import LanguageModel
     from .compilation import Compilation
-    from .session import Session
 
 try:
     __version__ = version("psigraph")
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["__version__", "compile", "load"]
+__all__ = ["SamplerSettings", "__version__", "compile", "load"]
 
 
-def load(path: str | os.PathLike[str], backend: str = "auto", **options: Any) -> Session:
-    """A model, ready to decode: see `psigraph.session.Session`, and `open_session` there for options and errors."""
-    # Imported here, so that `psigraph --version` and `--help` need not wait for numpy.
-    from .session import open_session
+def __getattr__(name: str) -> Any:
+    # `psigraph --version` and `--help` need not wait for numpy, so what needs it is imported when it is asked for.
+    if name == "SamplerSettings":
+        from .sampler import SamplerSettings
 
-    return open_session(path, backend, **options)
+        return SamplerSettings
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load(
+    path: str | os.PathLike[str],
+    backend: str = "auto",
+    *,
+    ctx: int | None = None,
+    device: int = 0,
+    sampling: bool = False,
+    outputs: Sequence[str] = (),
+    allow_blocked_quantization: bool = False,
+    expect_sha256: str | None = None,
+    **options: Any,
+) -> LanguageModel:
+    """A model, ready to write text: see `psigraph.api.LanguageModel` for its methods.
+
+    path      a GGUF file.
+    backend   "cuda"; "cpu": numpy, slow and exact; "host": the generated kernels on this machine's CPU; "auto": a GPU
+              if one works, else "cpu".
+    ctx       positions that the KV cache holds; None: 4096, or the model's limit if that is less.
+    device    number of the GPU.
+    sampling  be ready to draw tokens by chance; without it the first request that does loads the model anew.
+    outputs   ("logits",): be ready to give logits back; without it the first `logits` loads the model anew.
+    allow_blocked_quantization, expect_sha256: as the command line's options of these names.
+    options   further ones of `psigraph.session.open_session`: graph, disable, cache_dtype, on_load, on_compile, ...
+
+    What the policy says about the file comes as UserWarning. Errors are those of `psigraph.ir.errors`: ModelFileError,
+    UnsupportedModelError, PolicyRefusal, UsageError, DeviceError, OutOfMemoryError.
+    """
+    from .api import LanguageModel
+
+    return LanguageModel(
+        path,
+        backend,
+        ctx=ctx,
+        device=device,
+        sampling=sampling,
+        outputs=outputs,
+        allow_blocked_quantization=allow_blocked_quantization,
+        expect_sha256=expect_sha256,
+        **options,
+    )
 
 
 def compile(

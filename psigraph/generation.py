@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .guard import Guard
 from .ir.errors import UsageError
 from .runtime.tokenizer import Tokenizer
 from .sampler import SamplerSettings
@@ -48,6 +49,7 @@ class Decoder:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._held: list[int] = []
+        self._active: TokenRun | None = None
 
     def run(self, ids: Sequence[int], limits: Limits | None = None) -> TokenRun:
         """The tokens that follow `ids`; nothing is computed until the first is asked for.
@@ -69,8 +71,11 @@ class Decoder:
         """Feed the next prompt from its first id."""
         self._held = []
 
-    def begin(self, ids: Sequence[int]) -> int:
+    def begin(self, run: TokenRun, ids: Sequence[int]) -> int:
         """Goes back to where the caches and `ids` part, and says how many ids need not be fed."""
+        if self._active is not None:
+            self._active.end(INTERRUPTED)
+        self._active = run
         known = min(self.session.position, len(self._held), len(ids) - 1)  # the last id's step makes the first choice
         same = next((index for index in range(known) if self._held[index] != ids[index]), known)
         self.session.rewind(same)
@@ -124,7 +129,7 @@ class TokenRun(Iterator[int]):
     def _generate(self, decoder: Decoder, prompt: list[int], limits: Limits) -> Generator[int, None, None]:
         session = self._session
         began = time.perf_counter()
-        self.reused_tokens = decoder.begin(prompt)
+        self.reused_tokens = decoder.begin(self, prompt)
         at_once = _FED_AT_ONCE if session.backend == "cuda" else 1
         for first in range(self.reused_tokens, len(prompt), at_once):
             if limits.cancelled():
@@ -166,21 +171,33 @@ class TokenRun(Iterator[int]):
 class TextRun(Iterator[str]):
     """The text of a run in pieces, never half a character nor part of a stop string; control tokens are left out.
 
+    guard   the medical policy's: its disclaimer comes before the text.
     tokens  the run below, with its ids and timings.
-    text    what was given so far.
+    text    what the model wrote so far.
     """
 
-    def __init__(self, tokens: TokenRun, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokens: TokenRun, tokenizer: Tokenizer, stop: Sequence[str] = (), guard: Guard | None = None
+    ) -> None:
         self.tokens = tokens
         self.text = ""
         self._stream = tokenizer.stream(skip_special=True)
         self._stops = StopStrings(stop)
-        self._pieces = self._generate()
+        self._pieces = self._generate() if guard is None else guard.stream(self._generate())
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens given so far; where a stop string was found, its own are among them."""
+        return self.tokens.ids
 
     @property
     def reason(self) -> str:
         """Why it ended, "" while it runs: see `TokenRun.reason`."""
         return self.tokens.reason
+
+    def timings(self) -> dict[str, Any]:
+        """See `TokenRun.timings`."""
+        return self.tokens.timings()
 
     def __next__(self) -> str:
         return next(self._pieces)

@@ -75,6 +75,11 @@ class BackgroundTokenizer:
         except UnsupportedModelError:
             return None
 
+    def wait(self) -> None:
+        """Until it is built, or was found not to be possible: the file may be closed then."""
+        if self._building is not None:
+            self._building.exception()
+
     def close(self) -> None:
         """Wait for the thread."""
         self._pool.shutdown(wait=True)

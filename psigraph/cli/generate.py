@@ -195,9 +195,7 @@ def _pieces(
     if output == "ids" or tokenizer is None:
         yield from (f"{token} " for token in tokens)
         return
-    guard = guard_for(admission)
-    text = TextRun(tokens, tokenizer, stop)
-    yield from guard.stream(text) if guard is not None else text
+    yield from TextRun(tokens, tokenizer, stop, guard_for(admission))
 
 
 def _record(

@@ -2,22 +2,166 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from tiny_model import Q4, reference_greedy
+from tiny_model import Q4, divergence, reference_greedy, reference_logits
 
 import psigraph
-from psigraph.ir.errors import UsageError
+from psigraph import api
+from psigraph.api import LanguageModel
+from psigraph.ir.errors import PolicyRefusal, UsageError
+from psigraph.session import Session, open_session
+
+REQUEST = "Do I have cancer? Diagnose me."
 
 
-def test_load_and_decode() -> None:
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[LanguageModel]:
+    with pytest.warns(UserWarning, match="Q4_K_M weights are quantized"):
+        model = psigraph.load(Q4, "cpu", ctx=96)
+    with model:
+        yield model
+
+
+def test_every_block_of_the_documents_example_prints_what_stands_below_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    blocks = re.findall(r"```(python)?\n(.*?)```", (root / "docs" / "python-api.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        for (kind, code), (shown_kind, shown) in itertools.pairwise([*blocks, ("python", "")]):
+            if kind:
+                exec(code, names)
+                assert capsys.readouterr().out == ("" if shown_kind else shown)
+    assert sum(kind == "python" for kind, _ in blocks) == 7
+
+
+def test_token_ids_are_continued_by_token_ids(tiny: LanguageModel) -> None:
     prompt, greedy, _ = reference_greedy(Q4, "one_token")
-    with psigraph.load(Q4, "cpu", ctx=32) as session:
-        session.feed(prompt)
-        assert [token for chunk in session.decode(4) for token in chunk] == greedy[:4]
+    run = tiny.generate(prompt, 6)
+    assert (list(run), run.reason) == (greedy[:6], "length")
+    assert list(tiny.generate(np.array(prompt), 2)) == greedy[:2]
+    tiny.session.reset()
+    tiny.session.feed(prompt)
+    assert [token for chunk in tiny.session.decode(4) for token in chunk] == greedy[:4]
+
+
+def test_chat_writes_as_the_file_says_and_reads_nothing_twice(tiny: LanguageModel) -> None:
+    _, greedy, _ = reference_greedy(Q4, "chat")
+    talk = [{"role": "user", "content": "The state of the Union is strong."}]
+    answer = tiny.chat(talk, 5)
+    assert "".join(answer) == answer.text == tiny.tokenizer.decode(greedy[:5], skip_special=True)
+    talk += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": "Go on."}]
+    more = tiny.chat(talk, 2, stop=["\n"], cancelled=lambda: False)
+    assert list(more)
+    assert more.timings()["reused_tokens"] >= 19 + 4
+
+
+def test_logits_are_the_references_and_leave_the_model_usable(tiny: LanguageModel) -> None:
+    ids, wanted = reference_logits(Q4)
+    found = tiny.logits(ids[:12])
+    assert found.shape == (12, 4096)
+    assert divergence(wanted[:12], found).max() <= 1e-6
+    assert np.array_equal(tiny.logits(ids[:2]), found[:2])
+    prompt, greedy, _ = reference_greedy(Q4, "one_token")
+    assert list(tiny.generate(prompt, 3)) == greedy[:3]
+
+
+def test_what_a_request_needs_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def opening(path: Path, backend: str, **options: Any) -> Session:
+        opened.append(options)
+        return open_session(path, backend, **options)
+
+    monkeypatch.setattr(api, "open_session", opening)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with psigraph.load(Q4, "cpu", ctx=32) as model:
+            for _ in range(2):
+                list(model.generate([5], 1))
+                list(model.generate([5], 1, temperature=0.5, seed=1))
+                model.logits([5])
+            assert [(one["sampling"], one["outputs"]) for one in opened] == [
+                (False, ()), (True, ()), (True, ("logits",))
+            ]  # fmt: skip
+            assert model.encode("whale") == model.tokenizer.encode("whale")
+        with psigraph.load(Q4, "cpu", ctx=32, sampling=True, outputs=("logits",)) as model:
+            list(model.generate([5], 1, seed=1))
+            model.logits([5])
+        assert len(opened) == 4
+
+
+@pytest.mark.parametrize(
+    ("ask", "named"),
+    [
+        (lambda model: model.generate(""), "prompt is empty"),
+        (lambda model: model.generate([]), "prompt is empty"),
+        (lambda model: model.generate([4096]), "ids are 0 to 4095"),
+        (lambda model: model.generate([5] * 97), "prompt has 97 tokens, the context holds 96"),
+        (lambda model: model.generate("a", 0), "max_new_tokens is 0"),
+        (lambda model: model.generate("a", stop="b"), "give a list of strings"),
+        (lambda model: model.generate("a", stop=[""]), "stop string is empty"),
+        (lambda model: model.generate([5], stop=["b"]), "stop looks for text"),
+        (lambda model: model.generate("a", heat=1), "heat is no option of sampling; the options are temperature"),
+        (lambda model: model.generate("a", top_p=2), "top_p is 2"),
+        (lambda model: model.generate("\udcff"), "not valid Unicode"),
+        (lambda model: model.chat([]), "conversation is empty"),
+        (lambda model: model.chat([{"role": "user", "content": "a"}], thinking=True), "cannot switch thinking"),
+        (lambda model: model.logits([]), "prompt is empty"),
+    ],
+)
+def test_requests_that_cannot_work(tiny: LanguageModel, ask: Callable[[LanguageModel], Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        ask(tiny)
+
+
+def test_the_medical_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psigraph.policy.Policy.is_medpsy", lambda self, sha256, template: True)
+    with pytest.warns(UserWarning, match="quantized"):
+        model = psigraph.load(Q4, "cpu", ctx=96)
+    with model:
+        assert model.guard is not None
+        user, system = {"role": "user", "content": REQUEST}, {"role": "system", "content": REQUEST}
+        hello = {"role": "user", "content": "What is a virus?"}
+        for ask in (
+            lambda: model.generate(REQUEST),
+            lambda: model.generate(model.encode(REQUEST)),
+            lambda: model.chat([user]),
+            lambda: model.chat([user, {"role": "assistant", "content": "No."}, hello]),
+            lambda: model.chat([system, hello]),
+        ):
+            with pytest.raises(PolicyRefusal):
+                ask()
+        answer = model.chat([hello], 2)
+        assert next(answer).startswith(model.guard.disclaimer)
+        assert "".join(answer) == answer.text
+
+
+def test_a_file_that_is_refused_leaves_nothing_open() -> None:
+    before = os.listdir("/proc/self/fd")
+    for options, error in (({"expect_sha256": "0" * 64}, PolicyRefusal), ({"ctx": 4096}, UsageError)):
+        with pytest.raises(error):
+            psigraph.load(Q4, "cpu", **options)  # type: ignore[arg-type]
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_names_of_the_package() -> None:
+    assert psigraph.SamplerSettings(seed=3).seed == 3
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        psigraph.nothing  # noqa: B018 (asking is the test)
 
 
 def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

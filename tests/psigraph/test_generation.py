@@ -127,6 +127,14 @@ def test_a_prompt_that_goes_on_from_what_the_caches_hold_is_not_fed_again() -> N
     assert session.fed[4:] == [[1, 2]]
 
 
+def test_a_run_ends_the_one_before() -> None:
+    decoding, _ = decoder()
+    first, second = decoding.run([1], Limits(9)), decoding.run([7], Limits(2))
+    assert next(first) == 2
+    assert list(second) == [8, 9]
+    assert (list(first), first.reason, second.reason) == ([], "interrupted", "length")
+
+
 def test_what_cannot_run_is_refused_before_anything_is_fed() -> None:
     decoding, session = decoder()
     for ids, named in (([], "prompt is empty"), ([256], "ids are 0 to 255"), ([1] * 65, "has 65 tokens")):

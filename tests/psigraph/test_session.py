@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from tiny_model import Q4, Q8, changed, divergence, reference_greedy, reference_logits
 
-import psigraph
 from psigraph import session as sessions
 from psigraph.build import Model
 from psigraph.ir.errors import DeviceError, ModelFileError, PolicyRefusal, UnsupportedModelError, UsageError
@@ -53,7 +52,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
 
 def test_auto_takes_numpy_where_there_is_no_gpu_and_says_why(start: Start) -> None:
     start(no_driver)
-    with psigraph.load(Q4) as session:
+    with open_session(Q4) as session:
         assert (session.backend, session.label) == ("cpu", "psionic_qwen3_cpu")
         assert session.facts["no_gpu_because"] == "no NVIDIA driver"
         assert (session.context, session.position, session.vocabulary) == (2048, 0, 4096)
