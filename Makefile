@@ -13,18 +13,19 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: help demo test lint pytest compiler clean
+.PHONY: help demo test lint gate pytest compiler clean
 
 help:
 	@echo "make demo   compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
 	echo "make test   lint, types and every test that needs no GPU"
 	echo "make lint   ruff and mypy"
+	echo "make gate   reports, claims and policy against each other"
 	echo "make clean  remove everything that make wrote"
 
 demo: .venv/installed
 	@PSIGRAPH_PYTHON=$(VENV) bash scripts/demo.sh
 
-test: compiler lint pytest
+test: compiler lint gate pytest
 
 pytest: compiler .venv/installed-dev
 	@$(VENV) -m pytest -q -n $(WORKERS) -m "not gpu"
@@ -34,6 +35,10 @@ compiler:
 		echo "make test runs the kernels on the CPU and needs g++: apt-get install g++ (or: dnf install gcc-c++)" >&2
 		exit 1
 	}
+
+# Claims, reports and policy agree with each other; the gate's own tests are among pytest's.
+gate: .venv/installed-dev
+	@PYTHON=$(VENV) bash scripts/release/check-psionic-medpsy-pilot.sh --no-tests
 
 lint: .venv/installed-dev
 	@$(VENV) -m ruff check .
