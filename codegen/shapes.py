@@ -107,7 +107,7 @@ def _column_warps(superblocks: int) -> int:
     is made of; measured on an H200, three superblocks a warp cost 25 us a step more than two.
     """
     for longest in (2, 3, MAX_SLICE):
-        even = [w for w in range(4, 17) if superblocks % w == 0 and superblocks // w <= longest]
+        even = [w for w in range(4, 20 if longest == 2 else 17) if superblocks % w == 0 and superblocks // w <= longest]
         if even:
             return min(even, key=lambda w: (abs(w - 8), w))
     if superblocks < 4:
