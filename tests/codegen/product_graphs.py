@@ -46,11 +46,11 @@ def product_graph(dtypes: tuple[str, ...], rows: int, columns: int, every_form: 
     forms = [vector] + ([f"i8x2[{rows}]"] if rows % 16 == 0 else [])
     if not every_form:
         forms = forms[-1:]
-    line("matvec", f"{x}, %w0", [full])
+    line("matvec", f"{x}, %w0, %w1, %w2", [full, full, fewer])
     line("scaled_matvec", f"{x}, %f, %w2, %w1, %w0", [fewer, full, full])
     if every_form:
+        line("matvec", f"{x}, %w0", [full])
         line("matvec", f"{x}, %w0, %w2", [full, fewer])
-        line("matvec", f"{x}, %w0, %w1, %w2", [full, full, fewer])
         line("scaled_matvec", f"{x}, %f, %w0", [full])
         line("scaled_matvec", f"{x}, %f, %w1, %w2", [full, fewer])
     for form in forms:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from bars import SUM_UNITS, UNIT, assert_close
 from product_graphs import overridden, product_graph, random_matrices, target_of
-from run_node import Digits, Step, same_bits
+from run_node import Arrays, Digits, Step, same_bits
 
 from psigraph.codegen.catalogue import SHAPE_CLASSES, ShapeClass, product_cases, product_ops
 from psigraph.ir.graph import Graph, Node
@@ -37,14 +37,7 @@ def inputs(kind: str, size: int, seed: int = 3) -> np.ndarray:
     return x
 
 
-def check(
-    graph: Graph,
-    values: dict[str, np.ndarray],
-    states: dict[str, np.ndarray],
-    got: dict,
-    what: str,
-    rough: bool = False,
-) -> None:
+def check(graph: Graph, values: Arrays, states: Arrays, got: dict, what: str, rough: bool = False) -> None:
     """Every node's results against its meaning in float64, from the operands that the device had.
 
     rough: hold sums against the terms that kernels add up (see `terms`), not against abs(w x).
@@ -81,7 +74,7 @@ def terms(matrix: np.ndarray, dtype: str) -> np.ndarray:
     """The magnitude of what a product adds up for each weight, at most.
 
     A block's zero point (its minimum, or 32, or 128) is multiplied and subtracted apart, so where one activation is
-    far larger than the others, terms as large as the block's whole range cancel: at most three times its largest weight.
+    far larger than the others, terms as large as the block's range cancel: at most three times its largest weight.
     """
     if dtype not in INTEGER_WEIGHTS:
         return np.abs(matrix)

@@ -32,11 +32,11 @@ def test_embedding_decodes_blocks_bit_for_bit(dtype):
     lines = []
     for i, c in enumerate(columns):
         lines.append(f"%e{i}: f32[{c}] = embed(%t{i}, %token)")
-        for form in ("f32", "i8x2"):
-            lines.append(
-                f"%x{i}.{form}: f32[{c}], %s{i}.{form}: {form}[{c}], %f{i}.{form}: f32[1] = "
-                f"embed_norm(%t{i}, %token, %n{i}) {{eps={EPS}}}"
-            )
+        lines += [
+            f"%x{i}.{form}: f32[{c}], %s{i}.{form}: {form}[{c}], %f{i}.{form}: f32[1] = "
+            f"embed_norm(%t{i}, %token, %n{i}) {{eps={EPS}}}"
+            for form in ("f32", "i8x2")
+        ]
     names = [f"{stem}{i}.{form}" for i in (0, 1) for form in ("f32", "i8x2") for stem in "xsf"] + ["e0", "e1"]
     results = ", ".join(f"{name}=%{name}" for name in names)
     graph = parse_graph(
@@ -164,18 +164,16 @@ def test_token_choice(vocabulary):
     cases = [(logits, int(np.argmax(logits))), (tied, 9), (negative, 5), (odd, 12), (lowest, 0), (signed_zero, 0)]
     with Step(graph, HOST, {}) as step:
         for values, best in cases:
-            for ends, stopped, before in (
-                ([-1] * 8, 0, 0),
-                ([best] + [-1] * 7, 1, 0),
-                ([-1] * 8, 1, 1),
-                ([-1] * 7 + [best], 1, 0),
+            nothing = [-1] * 7
+            # (end tokens, stop before, stop afterwards)
+            for ends, before, after in (
+                ([-1, *nothing], 0, 0),
+                ([best, *nothing], 0, 1),
+                ([*nothing, best], 0, 1),
+                ([-1, *nothing], 1, 1),
             ):
                 states = {"logits": values, "position": [30], "stop": [before], "log": [-7] * 32, "end_tokens": ends}
                 got = step.run({name: np.array(array) for name, array in states.items()})
-                assert [int(got[name][0]) for name in ("best", "token", "stop", "position")] == [
-                    best,
-                    best,
-                    stopped,
-                    32,
-                ]
+                found = [int(got[name][0]) for name in ("best", "token", "stop", "position")]
+                assert found == [best, best, after, 32]
                 assert got["log"].tolist() == [-7] * 30 + [best, best]

@@ -1,0 +1,52 @@
+"""Graphs of the models that psigraph is for, from the tables of `runtime.synth`: no file is needed."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from psigraph.build import fuse, open_model, spec_folder
+from psigraph.ir.graph import Graph, TensorType
+from psigraph.ir.loader import load_spec
+from psigraph.runtime import synth
+
+TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
+VOCABULARY = synth.QWEN3_SIZE
+CONTEXT = 4096
+
+
+@functools.cache
+def graph_of(size: str, quant: str, layers: int | None = None, logits: bool = True) -> Graph:
+    """The fused step of a published size. layers: fewer than it has; the mix of types is that of the whole model."""
+    shape, recipe = synth.SIZES[size], synth.QUANTS[quant]
+    tensors = {t.name: TensorType(t.dtype, t.shape) for t in synth._tensors(shape, recipe, VOCABULARY)}
+    kept = shape.layers if layers is None else layers
+    tensors = {name: t for name, t in tensors.items() if not name.startswith("blk.") or int(name.split(".")[1]) < kept}
+    metadata = {
+        "general.architecture": "qwen3",
+        "qwen3.block_count": kept,
+        "qwen3.context_length": shape.context,
+        "qwen3.embedding_length": shape.hidden,
+        "qwen3.feed_forward_length": shape.feed_forward,
+        "qwen3.attention.head_count": shape.heads,
+        "qwen3.attention.head_count_kv": shape.kv_heads,
+        "qwen3.attention.key_length": shape.head_dim,
+        "qwen3.attention.value_length": shape.head_dim,
+        "qwen3.attention.layer_norm_rms_epsilon": shape.epsilon,
+        "qwen3.rope.freq_base": shape.theta,
+    }
+    spec = load_spec(spec_folder() / "qwen3.yaml")
+    return fuse(spec.graph(spec.bind(metadata, tensors, CONTEXT), ("logits",) if logits else ()))[0]
+
+
+@functools.cache
+def unfused(quant: str) -> Graph:
+    """The tiny model's step as its spec has it."""
+    with open_model(TINY / f"tiny-qwen3-{quant}.gguf") as model:
+        return model.graph(("logits",))
+
+
+@functools.cache
+def tiny_graph(quant: str, disable: tuple[str, ...] = ()) -> Graph:
+    """The fused step of the tiny model."""
+    return fuse(unfused(quant), disable)[0]

@@ -1,0 +1,122 @@
+"""Nothing is left out: every op is in a test, and every line of every kernel that a model needs has been run."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from product_graphs import overridden, product_graph, target_of
+from shipped import graph_of, tiny_graph
+from test_attention import SHAPES, attention_graph, positions_of
+from test_products import EVERY_FORM, MIXED, MIXED_SHAPES
+
+from psigraph.codegen.catalogue import (
+    SHAPE_CLASSES,
+    VIEWS,
+    product_cases,
+    product_ops,
+    statements,
+    table_ops,
+)
+from psigraph.codegen.lower import lower
+from psigraph.codegen.target import TARGETS, target_for
+from psigraph.codegen.weight_types import WEIGHT_TYPES
+from psigraph.ir.errors import UnsupportedModelError
+from psigraph.ir.ops import OPS
+from psigraph.ir.program import Program
+from psigraph.passes.pipeline import PIPELINE
+from psigraph.runtime import synth
+
+VECTOR_OPS = {"rms_norm", "rms_factor", "add", "mul", "swiglu", "quantize", "merge_heads", "split_heads", "rope",
+              "cache_append", "argmax", "choose", "record", "stop_on", "advance"}  # fmt: skip
+SAMPLING_OPS = {"adjust", "draw", "draw_choose"}  # test_sampling.py
+ATTENTION_OPS = {"attention", "rope_append", "rope_attention"}
+
+
+def test_every_op_is_tested():
+    """What this folder tests, by file, is the whole op table: a new op fails here until it stands in a test."""
+    assert VECTOR_OPS | ATTENTION_OPS | SAMPLING_OPS | set(product_ops()) | set(table_ops()) == set(OPS)
+    assert set(VIEWS) <= VECTOR_OPS
+
+
+def test_every_weight_type_has_every_shape_class():
+    cases = set(product_cases())
+    for dtype in WEIGHT_TYPES:
+        for shape in SHAPE_CLASSES:
+            assert ((dtype, shape) in cases) == shape.suits(dtype)
+    assert {dtype for dtype, _ in cases} == set(WEIGHT_TYPES)
+
+
+def needed(program: Program) -> dict[str, frozenset[str]]:
+    """Op -> statements of its kernels in the step."""
+    ops = {out.name: node.op for node in program.graph.nodes for out in node.outs}
+    found: dict[str, frozenset[str]] = {}
+    for launch in program.launches:
+        op = ops[launch.nodes[0]]
+        found[op] = found.get(op, frozenset()) | statements(program.kernel(launch.kernel).text)
+    return found
+
+
+@functools.cache
+def tested() -> dict[str, frozenset[str]]:
+    """Op -> statements of the kernels that tests hold against float64."""
+    found: dict[str, frozenset[str]] = {}
+    cases = [((dtype,), shape) for dtype, shape in product_cases()]
+    cases += [(dtypes, shape) for dtypes in MIXED for shape in MIXED_SHAPES]
+    programs = []
+    for dtypes, shape in cases:
+        graph = product_graph(dtypes, shape.rows, shape.columns, every_form=shape.name in EVERY_FORM)
+        programs.append(lower(graph, target_of(shape), overridden(graph, shape)))
+    for head_dim, group, kv_heads, sm_count in SHAPES:
+        context, _ = positions_of(head_dim, sm_count, kv_heads)
+        programs.append(lower(attention_graph(head_dim, group, kv_heads, context), target_for("host", sm_count)))
+    for program in programs:
+        for op, lines in needed(program).items():
+            found[op] = found.get(op, frozenset()) | lines
+    return found
+
+
+def missing(program: Program) -> list[str]:
+    """Statements that no test runs; the small kernels have no branches, so each is tested as it is."""
+    return [
+        f"{op}: {line}"
+        for op, lines in needed(program).items()
+        if op in ATTENTION_OPS or op in product_ops()
+        for line in sorted(lines - tested().get(op, frozenset()))
+    ]
+
+
+# How many of the sizes, smallest first, have kernels: a tile of the widest matrix must lie in a block's shared memory.
+SMALL_MEMORY = {"q4_k_m": 2, "q5_k_m": 2, "q8_0": 1, "f16": 0}
+LARGE_MEMORY = {"q4_k_m": 4, "q5_k_m": 4, "q8_0": 4, "f16": 2}
+FIT = {
+    "sm_80": {"q4_k_m": 4, "q5_k_m": 4, "q8_0": 2, "f16": 1},
+    "sm_86": SMALL_MEMORY,
+    "sm_89": SMALL_MEMORY,
+    "sm_90a": LARGE_MEMORY,
+    "sm_100": LARGE_MEMORY,
+    "sm_120": SMALL_MEMORY,
+    "host": {"q4_k_m": 4, "q5_k_m": 4, "q8_0": 3, "f16": 1},
+}
+
+
+@pytest.mark.parametrize("arch", list(TARGETS))
+@pytest.mark.parametrize("quant", ["q4_k_m", "q5_k_m", "q8_0", "f16"])
+def test_models_need_no_other_kernels(quant, arch):
+    for number, size in enumerate(synth.SIZES):
+        if number < FIT[arch][quant]:
+            program = lower(graph_of(size, quant), TARGETS[arch])
+            assert not missing(program), size + "\n" + "\n".join(missing(program))
+        else:
+            with pytest.raises(
+                UnsupportedModelError, match=rf"over \d+ columns needs more shared memory than {arch} has"
+            ):
+                lower(graph_of(size, quant), TARGETS[arch])
+
+
+@pytest.mark.parametrize("disabled", [(), *[(step.name,) for step in PIPELINE if not step.lowering]])
+@pytest.mark.parametrize("quant", ["q4_k_m", "q8_0"])
+def test_the_tiny_model_needs_no_other_kernels(quant, disabled):
+    for sm_count in (3, 4, 132):
+        program = lower(tiny_graph(quant, disabled), target_for("host", sm_count))
+        assert not missing(program), "\n".join(missing(program))

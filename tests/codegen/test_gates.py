@@ -1,0 +1,119 @@
+"""What every kernel must be before it may ship: machine code for every architecture, with nothing spilled."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from shipped import graph_of, tiny_graph, unfused
+
+from psigraph.build import fuse
+from psigraph.codegen.device import device_header
+from psigraph.codegen.lower import lower
+from psigraph.codegen.target import GPU_ARCHES, TARGETS
+from psigraph.codegen.weight_types import WEIGHT_TYPES
+from psigraph.ir.program import Program
+from psigraph.ir.text import parse_graph, print_graph
+from psigraph.passes.pipeline import PIPELINE
+from psigraph.runtime import nvrtc
+from psigraph.runtime.compiler import compile_program
+from psigraph.runtime.kernel_cache import KernelCache
+
+FUSIONS = tuple(step.name for step in PIPELINE if not step.lowering)
+INCLUDE = re.compile(r"^\s*#\s*include\b[^\n]*", re.M)
+
+
+def compiled(program: Program, arch: str) -> dict[str, tuple[bytes, nvrtc.KernelResources]]:
+    """Machine code and resources of every kernel, compiled side by side."""
+
+    def one(name: str) -> tuple[bytes, nvrtc.KernelResources]:
+        return nvrtc.compile_kernel(program.source(name), name, arch)
+
+    names = [kernel.name for kernel in program.kernels]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def assert_gates(program: Program, arch: str, spills: int = 0) -> None:
+    launches = {launch.kernel: launch for launch in program.launches}
+    for name, (image, resources) in compiled(program, arch).items():
+        what = f"{name} for {arch}: {resources}"
+        assert image[:4] == b"\x7fELF", what
+        assert resources.spill_bytes <= spills, what
+        assert resources.stack_bytes <= spills, what
+        assert 0 < resources.registers <= 255, what
+        if name in launches:
+            launch = launches[name]
+            assert resources.registers * launch.block <= 65536, f"{what}: {launch.block} threads have no registers"
+            assert resources.shared_bytes + launch.shared_bytes <= TARGETS[arch].shared_bytes, what
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHES)
+def test_tiny_model(arch):
+    assert_gates(lower(tiny_graph("q4_k_m"), TARGETS[arch]), arch)
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHES)
+def test_default_size(arch):
+    assert_gates(lower(graph_of("1.7b", "q4_k_m"), TARGETS[arch]), arch)
+
+
+# An architecture each, so that every size and every mix of types meets the assembler; 8b has a head of its own.
+@pytest.mark.parametrize(
+    ("size", "quant", "arch"),
+    [
+        ("0.6b", "q4_k_m", "sm_80"),
+        ("0.6b", "f16", "sm_90a"),
+        ("1.7b", "f16", "sm_90a"),
+        ("1.7b", "q8_0", "sm_90a"),
+        ("1.7b", "q5_k_m", "sm_89"),
+        ("4b", "q4_k_m", "sm_90a"),
+        ("8b", "q8_0", "sm_90a"),
+    ],
+)
+def test_other_sizes(size, quant, arch):
+    assert_gates(lower(graph_of(size, quant), TARGETS[arch]), arch)
+
+
+def test_largest_size():
+    """Its head's 17 warps leave 96 registers a thread, 2 words fewer than two superblocks of Q6_K want."""
+    assert_gates(lower(graph_of("8b", "q4_k_m"), TARGETS["sm_90a"]), "sm_90a", spills=16)
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_TYPES)
+def test_small_kernels_and_every_type(dtype):
+    """The unfused step: what runs when all fusions are disabled, for every type a file may have."""
+    text = print_graph(unfused("q8_0"))
+    unlowered = parse_graph(re.sub(r"\bq8_0(?=\[\d+,\d+\])", dtype, text))
+    assert_gates(lower(fuse(unlowered, FUSIONS)[0], TARGETS["sm_90a"]), "sm_90a")
+
+
+def test_texts_include_nothing():
+    """The NVRTC wheel carries no header: a kernel that includes one compiles only where a toolkit happens to be."""
+    assert not INCLUDE.findall(device_header())
+    for quant in ("q4_k_m", "q8_0"):
+        program = lower(tiny_graph(quant), TARGETS["sm_90a"])
+        for kernel in program.kernels:
+            assert INCLUDE.findall(program.source(kernel.name)) == []
+            assert len(INCLUDE.findall(kernel.text)) == 1
+
+
+def test_a_step_of_1_7b_compiles_in_20_s_and_loads_from_the_cache_in_half_a_second(tmp_path, capsys):
+    program = lower(graph_of("1.7b", "q4_k_m", logits=False), TARGETS["sm_90a"])
+    cache = KernelCache(tmp_path / "kernels")
+    started = time.perf_counter()
+    first = compile_program(program, "sm_90a", cache)
+    cold = time.perf_counter() - started
+    started = time.perf_counter()
+    second = compile_program(program, "sm_90a", cache)
+    warm = time.perf_counter() - started
+    with capsys.disabled():
+        print(f"\n1.7B Q4_K_M, {len(first)} kernels: compiled in {cold:.1f} s, from the cache in {warm * 1e3:.0f} ms")
+    assert not any(kernel.cached for kernel in first.values())
+    assert all(kernel.cached for kernel in second.values())
+    assert {name: kernel.image for name, kernel in first.items()} == {n: k.image for n, k in second.items()}
+    assert cold <= 20
+    assert warm <= 0.5
