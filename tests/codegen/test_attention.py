@@ -15,8 +15,8 @@ from psigraph.ir.text import parse_graph
 EPS, THETA = 1e-6, 1e6
 HALF_UNIT = 2.0**-11
 # (head_dim, query heads a key/value head, key/value heads, multiprocessors)
-SHAPES = [(16, 1, 2, 132), (16, 4, 1, 4), (32, 2, 2, 132), (64, 2, 2, 132), (64, 4, 1, 132), (128, 1, 1, 4),
-          (128, 2, 2, 132), (128, 4, 2, 132), (128, 2, 8, 132), (256, 2, 1, 132)]  # fmt: skip
+SHAPES = [(16, 1, 2, 132), (16, 4, 1, 2), (32, 2, 2, 132), (64, 2, 2, 3), (64, 4, 1, 132), (128, 1, 1, 4),
+          (128, 2, 2, 4), (128, 2, 2, 132), (128, 4, 2, 132), (128, 2, 8, 132), (256, 2, 1, 132)]  # fmt: skip
 
 
 def attention_graph(head_dim: int, group: int, kv_heads: int, context: int) -> Graph:
@@ -44,7 +44,8 @@ def positions_of(head_dim: int, sm_count: int, kv_heads: int) -> tuple[int, list
     """(context, positions): the first ones, those around the edges of splits, the context's last."""
     rows = 256 // (head_dim // 8)
     splits = max(1, min(32, sm_count // kv_heads))
-    context = 2 * rows * min(splits, 3) + 7
+    # A split takes 2 * rows positions at a time: three splits of one turn, or where there are few, three turns of each.
+    context = 2 * rows * (3 if splits > 4 else 3 * splits) + 7
     edges = [0, 1, 15, 63, 64, 65, rows, 2 * rows - 1, 2 * rows, 4 * rows, 4 * rows + 1, context - 1]
     return context, sorted({edge for edge in edges if edge < context})
 
