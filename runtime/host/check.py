@@ -102,7 +102,7 @@ def run_kernel(
     call = KernelCall(source, name, grid, block, shared_bytes, args, produced, writes, programmatic, together)
     if not checks:
         return run_build(call, "fast", order, seed)
-    _build_all(source, name, ("address", "watch"))
+    build_all(source, name, ("address", "watch"))
     run_build(call, "address", order, seed)
     return run_build(call, "watch", order, seed)
 
@@ -112,7 +112,7 @@ def check_kernel(call: KernelCall, seed: int = 1) -> dict[int, np.ndarray[Any, A
 
     Returns the arrays that it may write, from the `fast` build. Raises HostCheckError.
     """
-    _build_all(call.source, call.name, ("address", "watch", "fast"))
+    build_all(call.source, call.name, ("address", "watch", "fast"))
     run_build(call, "address", "forward", seed)
     run_build(call, "watch", "forward", seed)
     return compare_orders(call, seed)
@@ -167,7 +167,7 @@ def run_build(
         return _results(call, result.read_bytes())
 
 
-def _build_all(source: str, name: str, builds: Sequence[str]) -> None:
+def build_all(source: str, name: str, builds: Sequence[str]) -> None:
     """Compile several builds of one kernel at once."""
     with ThreadPoolExecutor(max_workers=len(builds)) as pool:
         for future in [pool.submit(build_kernel, source, name, build) for build in builds]:

@@ -148,6 +148,8 @@ static void switch_to(Fiber* to, bool dying = false) {
     if (from == to) return;
     self = to;
     place_statics(to->block);
+    // How accesses are meant is this thread's own affair: a bulk copy's wait, say, switches inside such a scope.
+    HOST_WATCH(const watch_how meant = watch_access; watch_access = WATCH_PLAIN);
     HOST_WATCH(watch_thread(to->block->linear, to->index, to->block->waited, to->waited));
 #ifdef PSIGRAPH_HOST_ADDRESS
     __sanitizer_start_switch_fiber(dying ? nullptr : &from->fake_stack, to->stack, STACK_BYTES);
@@ -162,6 +164,7 @@ static void switch_to(Fiber* to, bool dying = false) {
 #ifdef PSIGRAPH_HOST_ADDRESS
     __sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
 #endif
+    HOST_WATCH(watch_access = meant);
 }
 
 // End the launch: the message is "kind: sentence".
