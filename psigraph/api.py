@@ -110,6 +110,8 @@ class LanguageModel:
             self._outputs = tuple(dict.fromkeys((*self._outputs, *(("logits",) if logits else ()))))
             self._tokenizer.wait()  # it reads the file that is about to be closed
             self.session.close()
+            for shown in ("on_load", "on_compile"):  # whoever showed the first load's progress is done with it
+                self._options.pop(shown, None)
             self._open()
 
     @property
@@ -171,12 +173,12 @@ class LanguageModel:
         """
         limits = self._limits(max_new_tokens, sampling)
         if isinstance(prompt, str):
-            self._ask_guard([{"role": "user", "content": prompt}])
+            self.ask_guard([{"role": "user", "content": prompt}])
             return self._text(self.encode(prompt), limits, stop)
         if stop:
             raise UsageError("stop looks for text; it does not go with token ids")
         if self.guard is not None:
-            self._ask_guard([{"role": "user", "content": self.decode(prompt)}])
+            self.ask_guard([{"role": "user", "content": self.decode(prompt)}])
         return self._decoder.run(list(prompt), limits)
 
     def chat(
@@ -198,8 +200,14 @@ class LanguageModel:
         """
         check_messages(messages)
         limits = self._limits(max_new_tokens, sampling, cancelled)
-        self._ask_guard(messages)
-        return self._text(self.encode(self.template.render(messages, thinking)), limits, stop)
+        self.ask_guard(messages)
+        ids = self.encode(self.template.render(messages, thinking))
+        if len(ids) > self.context:
+            raise UsageError(
+                f"the conversation has {len(ids):,} tokens, the context holds {self.context:,}: begin anew "
+                "(/reset in a chat), or take a larger one (--ctx)"
+            )
+        return self._text(ids, limits, stop)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`: float[len(ids), vocabulary], row i for the token that follows ids[i].
@@ -226,8 +234,11 @@ class LanguageModel:
             raise UsageError("stop is one string; give a list of strings")
         return TextRun(self._decoder.run(ids, limits), self.tokenizer, stop, self.guard)
 
-    def _ask_guard(self, messages: Sequence[Message]) -> None:
-        """PolicyRefusal for the first of the user's or the system's messages that the guard refuses."""
+    def ask_guard(self, messages: Sequence[Message]) -> None:
+        """PolicyRefusal for the first of the user's or the system's messages that the guard refuses.
+
+        `generate` and `chat` ask by themselves.
+        """
         if self.guard is None:
             return
         previous = ""

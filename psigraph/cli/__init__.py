@@ -20,6 +20,8 @@ COMMANDS = {
     "inspect": "Show a model, a pass, a layer or a kernel at any stage.",
     "bench": "Measure how many tokens a second a model decodes, and write a report.",
     "generate": "Continue a text with a model.",
+    "chat": "Talk with a model in the terminal.",
+    "perplexity": "Judge a quantization or a kernel by a text's perplexity and saved logits.",
     "synth": "Write a synthetic model file with a real model's exact shapes.",
     "ablate": "Measure what each pass and feature is worth.",
     "tune": "Find the launch shapes that are fastest on this GPU, and keep them.",

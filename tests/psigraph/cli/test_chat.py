@@ -1,0 +1,258 @@
+"""`psigraph chat` through pipes, scripts and a terminal: answers, commands, Ctrl-C, and ways to leave."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import Q4
+
+from psigraph import api
+from psigraph.cli import run
+from psigraph.cli.chat import interrupts
+from psigraph.cli.chat_input import entries
+from psigraph.guard import Guard, load_policy
+
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
+BASE = ["chat", str(Q4), "--max-new-tokens", "4", "--temperature", "0", "--ctx", "128"]
+SAID = "The state of the Union is strong."
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, lines: str | bytes, *options: str, code: int = 0) -> None:
+    data = lines.encode() if isinstance(lines, str) else lines
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert run([*BASE, *options]) == code
+
+
+def test_a_pipe_gets_answers_alone(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    talk(monkeypatch, f"{SAID}\n\n/set max_new_tokens 2\n{SAID}\n")
+    shown = capfd.readouterr()
+    first, second = shown.out.splitlines()
+    assert first
+    assert second
+    notes = shown.err.splitlines()
+    assert "context of 128 tokens, greedy" in notes[1]
+    assert notes[2].startswith("[4 tokens, ")
+    assert "read 19 of 19; context 23 of 128; stopped at max_new_tokens]" in notes[2]
+    assert notes[3] == "max_new_tokens 2"
+    # The first turn and its answer are still in the cache; the answer's last token and the new turn are read.
+    assert "read 22 of 44;" in notes[4]
+
+
+def test_a_script_makes_a_transcript(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "lines.txt"
+    script.write_text(f'{SAID}\n"""\nTwo\nlines\n"""\n//slash\n/quit\nnever\n')
+    assert run([*BASE, "--script", str(script)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith((">", ". "))] == [
+        f"> {SAID}", '> """', ". Two", ". lines", '. """', "> //slash", "> /quit"
+    ]  # fmt: skip
+    assert sum(line.startswith("[4 tokens") for line in lines) == 3
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "chat.json"
+    lines = [
+        "/help", "/system", "/system Be brief.", "/system", SAID, f"/save {file}", "/reset", f"/load {file}",
+        "/system none", "/set temperature", "/set seed 3", "/nothing", "/save", "/load /nonexistent",
+        "/set logit_bias {\"4096\": 1}",
+        f"/save {tmp_path}", "/set", "/quit", SAID,
+    ]  # fmt: skip
+    talk(monkeypatch, "\n".join(lines))
+    shown = capfd.readouterr()
+    assert len(shown.out.splitlines()) == 1
+    for said in (
+        "/set [NAME [VALUE]]",
+        "no system message\n",
+        "system: Be brief.",
+        f"saved: {file}",
+        "the conversation begins anew",
+        f"loaded: {file}, 2 messages",
+        "temperature 0.0\n",
+        "seed 3\n",
+        "psigraph: there is no command /nothing; the commands are /help, /system",
+        "psigraph: /save: name a file",
+        "psigraph: /nonexistent: cannot be read",
+        "token id 4096 is outside the vocabulary",
+        f"psigraph: {tmp_path}: is a folder",
+        "  stop none\n",
+    ):
+        assert said in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_temperature_may_be_raised_in_the_middle(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    talk(monkeypatch, f"/set max_new_tokens 8\n/set seed 4\n/set temperature 2\n/set top_k 0\n{SAID}\n/reset\n{SAID}\n")
+    first, *rest = capfd.readouterr().out.splitlines()
+    assert first
+    assert first in rest
+
+
+def test_a_full_context_is_said_and_a_conversation_that_does_not_fit_is_kept_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    talk(monkeypatch, f"{SAID}\n{SAID}\n/reset\n{SAID}\n", "--ctx", "21")
+    shown = capfd.readouterr()
+    assert len(shown.out.splitlines()) == 2
+    assert shown.err.count("stopped: the context is full; /reset begins anew") == 2
+    assert "psigraph: the conversation has 4" in shown.err
+
+
+def test_the_guard_answers_in_the_models_place_and_the_chat_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psigraph.policy.Policy.is_medpsy", lambda self, sha256, template: True)
+    rules = Guard(load_policy().data["guard"])
+    request = "Do I have cancer? Diagnose me."
+    talk(monkeypatch, f"{request}\nWhat is a virus?\n/system {request}\n", "--ctx", "256")
+    shown = capfd.readouterr()
+    refusal = rules.classify(request).message
+    assert shown.out.startswith(f"{refusal}\n{rules.disclaimer}\n\n")
+    assert shown.out.count(refusal.split(".")[0]) == 2
+    assert shown.err.count(" tokens, ") == 2  # the header and one answer
+    talk(monkeypatch, "", "--system", request, code=5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "code", "named"),
+    [
+        ("", (), 0, ""),
+        (b"a \xff\n", (), 2, "stdin: byte 2 (0xff) is not UTF-8"),
+        ("", ("--thinking", "on"), 2, "cannot switch thinking"),
+        ("", ("--script", "/nonexistent"), 2, "/nonexistent: cannot be read"),
+        ("", ("--stop", ""), 2, "stop string is empty"),
+        ("", ("--logit-bias", "5000=1"), 2, "token id 5000 is outside the vocabulary"),
+        ("", ("--backend", "cuda"), 7, "--backend cpu"),
+    ],
+)
+def test_ways_to_end(
+    lines: str | bytes,
+    options: tuple[str, ...],
+    code: int,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    talk(monkeypatch, lines, *options, code=code)
+    assert named in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_entries_are_lines_and_blocks() -> None:
+    lines = iter(["  a ", "", '"""one"""', '"""two', "", ' three  """', '"""cut', "off"])
+
+    def read(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    assert list(entries(read)) == ["a", "one", "two\n\n three"]
+
+
+def test_ctrl_c_while_an_answer_comes_is_noted_and_the_second_one_raises() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts() as pressed:
+        assert not pressed.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert pressed.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chosen = api.TextRun._shown
+    presses = [signal.SIGINT]
+
+    def shown(self: Any, piece: str) -> Iterator[str]:
+        if len(self.ids) == 2 and presses:
+            signal.raise_signal(presses.pop())
+        return chosen(self, piece)
+
+    monkeypatch.setattr(api.TextRun, "_shown", shown)
+    talk(monkeypatch, f"{SAID}\n/set max_new_tokens 1\nGo on.\n", "--max-new-tokens", "20")
+    shown_text = capfd.readouterr()
+    assert len(shown_text.out.splitlines()) == 2
+    assert "[2 tokens" in shown_text.err
+    assert "stopped by Ctrl-C]" in shown_text.err
+    assert "[1 token;" in shown_text.err
+
+
+class Terminal:
+    """A program on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "psigraph", *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True, close_fds=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(follower)
+        self.shown, self.seen = "", 0
+
+    def until(self, text: str, seconds: float = 30) -> None:
+        """Reads until the text has come, after the one that was waited for before."""
+        deadline = time.monotonic() + seconds
+        while text not in self.shown[self.seen :]:
+            ready = select.select([self.leader], [], [], max(0, deadline - time.monotonic()))[0]
+            assert ready, f"no {text!r} in {self.shown!r}"
+            self.shown += os.read(self.leader, 4096).decode("utf-8", "replace")
+        self.seen = self.shown.index(text, self.seen) + len(text)
+
+    def type(self, text: str) -> None:
+        os.write(self.leader, text.encode())
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.leader)
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+    monkeypatch.setenv("TERM", "dumb")
+    found = Terminal(*BASE, "--backend", "cpu", "--max-new-tokens", "100000")
+    yield found
+    found.close()
+
+
+def test_on_a_terminal(terminal: Terminal) -> None:
+    terminal.until("> ")
+    terminal.type(f"{SAID}\n")
+    terminal.until(f"{SAID}\r\n")
+    terminal.until(" ")  # the answer has begun
+    terminal.type("\x03")
+    terminal.until("]")
+    assert "stopped by Ctrl-C]" in terminal.shown or "tok/s" in terminal.shown
+    terminal.until("> ")
+    terminal.type("\x03")
+    terminal.until("Ctrl-C once more leaves")
+    terminal.until("> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(10) == 0
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Terminal) -> None:
+    terminal.until("> ")
+    terminal.type("\x03")
+    terminal.until("Ctrl-C once more leaves")
+    terminal.until("> ")
+    terminal.type("\x03")
+    assert terminal.process.wait(10) == 130
