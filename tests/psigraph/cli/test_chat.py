@@ -256,3 +256,24 @@ def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Terminal) -> None:
     terminal.until("> ")
     terminal.type("\x03")
     assert terminal.process.wait(10) == 130
+
+
+def test_the_transcript_that_the_documents_show_is_what_the_model_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Speeds differ from machine to machine, and the last answers only make the test longer."""
+    root = Path(__file__).parents[3]
+    transcript = (root / "docs" / "chat-transcript.txt").read_text()
+    assert transcript in (root / "README.md").read_text()
+    command, *lines = transcript.splitlines()
+    end = [index for index, line in enumerate(lines) if line.startswith("[")][1]
+    script = tmp_path / "lines.txt"
+    script.write_text("".join(f"{line[2:]}\n" for line in lines[:end] if line.startswith("> ")))
+    monkeypatch.chdir(root)
+    assert run([*command.removeprefix("$ psigraph ").split(), "--script", str(script)]) == 0
+    shown = capfd.readouterr().out.splitlines()
+
+    def words(text: list[str]) -> list[str]:
+        return [line for line in text if not line.startswith("[")]
+
+    assert words(shown) == words(lines[:end])
