@@ -48,6 +48,7 @@ def load(
     outputs: Sequence[str] = (),
     allow_blocked_quantization: bool = False,
     expect_sha256: str | None = None,
+    policy: str | None = None,
     **options: Any,
 ) -> LanguageModel:
     """A model, ready to write text: see `psigraph.api.LanguageModel` for its methods.
@@ -60,6 +61,7 @@ def load(
     sampling  be ready to draw tokens by chance; without it the first request that does loads the model anew.
     outputs   ("logits",): be ready to give logits back; without it the first `logits` loads the model anew.
     allow_blocked_quantization, expect_sha256: as the command line's options of these names.
+    policy    "medpsy": apply the medical policy to any model; MedPsy files bring it with them.
     options   further ones of `psigraph.session.open_session`: graph, disable, cache_dtype, on_load, on_compile, ...
 
     What the policy says about the file comes as UserWarning. Errors are those of `psigraph.ir.errors`: ModelFileError,
@@ -76,6 +78,7 @@ def load(
         outputs=outputs,
         allow_blocked_quantization=allow_blocked_quantization,
         expect_sha256=expect_sha256,
+        policy=policy,
         **options,
     )
 

@@ -58,11 +58,14 @@ class LanguageModel:
         sampling: bool = False,
         allow_blocked_quantization: bool = False,
         expect_sha256: str | None = None,
+        policy: str | None = None,
         warn: Warn | None = None,
         on_hash: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> None:
         """See `psigraph.load`. warn: gets the policy's warnings; None: Python's warnings."""
+        if policy not in (None, "medpsy"):
+            raise UsageError(f"policy is {policy!r}; give 'medpsy', or None")
         self._path, self._backend, self._options = path, backend, options
         self._outputs, self._sampling = tuple(outputs), sampling
         self._tokenizer = BackgroundTokenizer()
@@ -74,6 +77,7 @@ class LanguageModel:
                 file,
                 allow_blocked=allow_blocked_quantization,
                 expect_sha256=expect_sha256,
+                policy_active=policy is not None,
                 with_digest=False,
                 on_hash=on_hash,
             )

@@ -15,7 +15,7 @@ import click
 
 from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError
 from .chat_input import entries, reader
-from .options import MODEL_PATH, admission_options, backend_option, run_options
+from .options import MODEL_PATH, admission_options, backend_option, policy_option, run_options
 from .sampling_options import new_seed, sampling_options
 from .shell import printable
 from .stages import stages
@@ -59,6 +59,7 @@ REASONS = {
 @backend_option()
 @run_options
 @admission_options
+@policy_option
 def command(
     model: Path,
     system: str | None,
@@ -74,6 +75,7 @@ def command(
     disable: tuple[str, ...],
     allow_blocked: bool,
     expect_sha256: str | None,
+    policy: str | None,
 ) -> None:
     """Talk with MODEL."""
     read = reader(script)
@@ -97,6 +99,7 @@ def command(
             sampling=not sampler.greedy,
             allow_blocked_quantization=allow_blocked,
             expect_sha256=expect_sha256,
+            policy=policy,
             warn=lambda warning: click.echo(f"psigraph: warning: {warning}", err=True),
             on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
             on_load=bars.bar("loading weights", in_bytes=True),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import UsageError
-from .options import MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
+from .options import MODEL_PATH, TOKEN_IDS, admission_options, backend_option, policy_option, run_options
 from .sampling_options import new_seed, sampling_options
 from .stages import stages
 from .texts import STDIN, read_text, stdin_is_piped
@@ -60,6 +60,7 @@ Examples:
 @backend_option()
 @run_options
 @admission_options
+@policy_option
 def command(
     model: Path,
     prompt: str | None,
@@ -81,6 +82,7 @@ def command(
     disable: tuple[str, ...],
     allow_blocked: bool,
     expect_sha256: str | None,
+    policy: str | None,
 ) -> None:
     """Continue a prompt with MODEL, written as it comes."""
     _check_output(output, as_json, stream, stop)
@@ -108,6 +110,7 @@ def command(
                     file,
                     allow_blocked=allow_blocked,
                     expect_sha256=expect_sha256,
+                    policy_active=policy is not None,
                     with_digest=False,
                     on_hash=on_hash,
                 )

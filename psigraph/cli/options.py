@@ -115,3 +115,11 @@ def admission_options(command: Command) -> Command:
         is_flag=True,
         help="Run weights of a quantization tier that the policy blocks; the report says so.",
     )(command)
+
+
+# For commands that write text; a known digest switches the policy on by itself, and nothing switches it off.
+policy_option = click.option(
+    "--policy",
+    type=click.Choice(["medpsy"]),
+    help="Apply the medical policy to any model; MedPsy files bring it with them.",
+)

@@ -128,10 +128,9 @@ def test_requests_that_cannot_work(tiny: LanguageModel, ask: Callable[[LanguageM
         ask(tiny)
 
 
-def test_the_medical_guard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psigraph.policy.Policy.is_medpsy", lambda self, sha256, template: True)
+def test_the_medical_guard() -> None:
     with pytest.warns(UserWarning, match="quantized"):
-        model = psigraph.load(Q4, "cpu", ctx=96)
+        model = psigraph.load(Q4, "cpu", ctx=96, policy="medpsy")
     with model:
         assert model.guard is not None
         user, system = {"role": "user", "content": REQUEST}, {"role": "system", "content": REQUEST}
@@ -152,7 +151,11 @@ def test_the_medical_guard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_file_that_is_refused_leaves_nothing_open() -> None:
     before = os.listdir("/proc/self/fd")
-    for options, error in (({"expect_sha256": "0" * 64}, PolicyRefusal), ({"ctx": 4096}, UsageError)):
+    for options, error in (
+        ({"expect_sha256": "0" * 64}, PolicyRefusal),
+        ({"ctx": 4096}, UsageError),
+        ({"policy": "x"}, UsageError),
+    ):
         with pytest.raises(error):
             psigraph.load(Q4, "cpu", **options)  # type: ignore[arg-type]
     assert len(os.listdir("/proc/self/fd")) == len(before)

@@ -114,16 +114,15 @@ def test_a_full_context_is_said_and_a_conversation_that_does_not_fit_is_kept_as_
 def test_the_guard_answers_in_the_models_place_and_the_chat_goes_on(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("psigraph.policy.Policy.is_medpsy", lambda self, sha256, template: True)
     rules = Guard(load_policy().data["guard"])
     request = "Do I have cancer? Diagnose me."
-    talk(monkeypatch, f"{request}\nWhat is a virus?\n/system {request}\n", "--ctx", "256")
+    talk(monkeypatch, f"{request}\nWhat is a virus?\n/system {request}\n", "--ctx", "256", "--policy", "medpsy")
     shown = capfd.readouterr()
     refusal = rules.classify(request).message
     assert shown.out.startswith(f"{refusal}\n{rules.disclaimer}\n\n")
     assert shown.out.count(refusal.split(".")[0]) == 2
     assert shown.err.count(" tokens, ") == 2  # the header and one answer
-    talk(monkeypatch, "", "--system", request, code=5)
+    talk(monkeypatch, "", "--system", request, "--policy", "medpsy", code=5)
 
 
 @pytest.mark.parametrize(

@@ -258,3 +258,10 @@ def test_the_medical_guard_answers_instead_of_the_model(
     assert capfd.readouterr().out.startswith(disclaimer)
     assert run([*BASE, "--prompt", "What is a virus?", "--json", "--max-new-tokens", "1"]) == 0
     assert json.loads(capfd.readouterr().out)["disclaimer"] == disclaimer
+
+
+def test_the_medical_policy_may_be_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    request = ["--prompt", "Do I have cancer? Diagnose me.", "--max-new-tokens", "1"]
+    assert run([*BASE, *request]) == 0
+    assert run([*BASE, *request, "--policy", "medpsy"]) == 5
+    assert "diagnos" in capfd.readouterr().err.splitlines()[-1].lower()
