@@ -150,10 +150,18 @@ class LanguageModel:
 
     @overload
     def generate(
-        self, prompt: str, max_new_tokens: int | None = ..., *, stop: Sequence[str] = ..., **sampling: Any
+        self,
+        prompt: str,
+        max_new_tokens: int | None = ...,
+        *,
+        stop: Sequence[str] = ...,
+        logprobs: int | None = ...,
+        **sampling: Any,
     ) -> TextRun: ...
     @overload
-    def generate(self, prompt: Sequence[int], max_new_tokens: int | None = ..., **sampling: Any) -> TokenRun: ...
+    def generate(
+        self, prompt: Sequence[int], max_new_tokens: int | None = ..., *, logprobs: int | None = ..., **sampling: Any
+    ) -> TokenRun: ...
 
     def generate(
         self,
@@ -161,12 +169,15 @@ class LanguageModel:
         max_new_tokens: int | None = 128,
         *,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
         **sampling: Any,
     ) -> TextRun | TokenRun:
         """What follows a prompt: pieces of text after a text, token ids after token ids.
 
         max_new_tokens  None: until the model ends the text or the context is full.
         stop            strings before which a text ends; not with token ids.
+        logprobs        tell each token's log probability and the so many likeliest in the result's `logprobs`; needs
+                        what `logits` needs.
         sampling        fields of `psigraph.SamplerSettings`: temperature, top_k, top_p, min_p, repetition_penalty,
                         presence_penalty, frequency_penalty, penalty_window, logit_bias, seed. None of them: the
                         likeliest token each time. The first request that samples loads the model anew unless it was
@@ -175,7 +186,7 @@ class LanguageModel:
         The result's `reason` says why it ended, `timings()` how long it took. Raises UsageError for what cannot work
         (an empty prompt, one that the context does not hold, ...), PolicyRefusal where the guard refuses.
         """
-        limits = self._limits(max_new_tokens, sampling)
+        limits = self._limits(max_new_tokens, sampling, logprobs=logprobs)
         if isinstance(prompt, str):
             self.ask_guard([{"role": "user", "content": prompt}])
             return self._text(self.encode(prompt), limits, stop)
@@ -226,11 +237,15 @@ class LanguageModel:
         return self.session.forced_logits(list(ids))
 
     def _limits(
-        self, max_new_tokens: int | None, sampling: dict[str, Any], cancelled: Callable[[], bool] | None = None
+        self,
+        max_new_tokens: int | None,
+        sampling: dict[str, Any],
+        cancelled: Callable[[], bool] | None = None,
+        logprobs: int | None = None,
     ) -> Limits:
         sampler = sampler_settings(sampling)
-        limits = Limits(max_new_tokens, sampler, cancelled=cancelled or (lambda: False))
-        self._have(sampling=not sampler.greedy)
+        limits = Limits(max_new_tokens, sampler, logprobs=logprobs, cancelled=cancelled or (lambda: False))
+        self._have(sampling=not sampler.greedy, logits=logprobs is not None)
         return limits
 
     def _text(self, ids: Sequence[int], limits: Limits, stop: Sequence[str]) -> TextRun:

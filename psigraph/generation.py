@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from .guard import Guard
 from .ir.errors import UsageError
 from .runtime.tokenizer import Tokenizer
@@ -17,27 +19,43 @@ from .stop_strings import StopStrings
 # Why a run ended.
 END, LENGTH, CONTEXT, STOP, INTERRUPTED = "end", "length", "context", "stop", "interrupted"
 GREEDY = SamplerSettings(temperature=0.0)
+MOST_LOGPROBS = 100
 _FED_AT_ONCE = 512  # ids between two looks at `cancelled` on a GPU; elsewhere one id takes long enough
 
 
 @dataclass(frozen=True)
+class LogProbability:
+    """How likely a given token was, and which were likeliest: natural logarithms, before biases, penalties, filters
+    and temperature. likeliest: (id, log probability), likeliest first, the lower id of equals."""
+
+    token: int
+    value: float
+    likeliest: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Limits:
-    """How a run is drawn and where it ends.
+    """How a run is drawn, where it ends, and what it tells.
 
     max_new_tokens  None: as far as the context reaches.
     sampler         how tokens are drawn.
     ignore_end      the file's end tokens end nothing and are given like others.
+    logprobs        how many of the likeliest tokens to tell at every step; None: no log probabilities. They need a
+                    session with outputs=("logits",) and cost a copy of all logits a token.
     cancelled       asked before every token; True ends the run with the reason "interrupted".
     """
 
     max_new_tokens: int | None = None
     sampler: SamplerSettings = GREEDY
     ignore_end: bool = False
+    logprobs: int | None = None
     cancelled: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise UsageError(f"logprobs is {self.logprobs}; give 0 to {MOST_LOGPROBS}, or none at all")
 
 
 class Decoder:
@@ -64,6 +82,8 @@ class Decoder:
                 f"the prompt has {len(ids)} tokens, the context holds {self.session.context}; shorten it, "
                 "or give a larger --ctx"
             )
+        if limits.logprobs is not None and not self.session.engine.has_logits:
+            raise UsageError('logprobs need a session that was opened with outputs=("logits",)')
         self.session.set_sampler(limits.sampler)
         return TokenRun(self, list(ids), limits)
 
@@ -93,11 +113,13 @@ class TokenRun(Iterator[int]):
     ids            the tokens given so far.
     reason         "" while it runs; "end": the model ended the text; "length": max_new_tokens; "context": the context
                    is full; "interrupted"; "stop" is set by a `TextRun` that found a stop string.
+    logprobs       one for each of `ids`, where they were asked for.
     prompt_tokens  ids of the prompt; reused_tokens: how many of them the caches held already.
     """
 
     def __init__(self, decoder: Decoder, prompt: list[int], limits: Limits) -> None:
         self.ids: list[int] = []
+        self.logprobs: list[LogProbability] = []
         self.reason = ""
         self.prompt_tokens = len(prompt)
         self.reused_tokens = 0
@@ -138,13 +160,15 @@ class TokenRun(Iterator[int]):
             session.feed(prompt[first : first + at_once])
         space = session.context - len(prompt) + 1  # the last token is chosen and never goes in
         count = space if limits.max_new_tokens is None else min(space, limits.max_new_tokens)
-        for token in self._decoded_tokens(count, began):
+        told = limits.logprobs
+        for token in self._decoded_tokens(count, began) if told is None else self._told_tokens(count, began, told):
             decoder.holds(token)
             if limits.cancelled():
                 self.reason = INTERRUPTED
             elif token in session.end_tokens and not limits.ignore_end:
                 self.reason = END
             if self.reason:
+                del self.logprobs[len(self.ids) :]
                 return
             self.ids.append(token)
             if len(self.ids) == count:
@@ -166,6 +190,28 @@ class TokenRun(Iterator[int]):
             self._decoded = seen + len(chunk)
             yield from chunk[1:] if seen == 0 else chunk  # the first token is known already
             seen += len(chunk)
+
+    def _told_tokens(self, count: int, began: float, likeliest: int) -> Iterator[int]:
+        """`count` tokens, one step at a time, since the logits of a step are gone with the next."""
+        session = self._session
+        for index in range(count):
+            token = session.engine.chosen()
+            self.logprobs.append(log_probability(session.engine.logits(), token, likeliest))
+            self._last_s = time.perf_counter() - began
+            self._first_s = self._first_s or self._last_s
+            self._decoded = index + 1
+            yield token
+            if index + 1 < count:
+                session.feed([token])
+
+
+def log_probability(logits: np.ndarray, token: int, likeliest: int) -> LogProbability:
+    """Of one row of logits, float[vocabulary]."""
+    exact = logits.astype(np.float64)
+    values = exact - exact.max()
+    values -= np.log(np.exp(values).sum())
+    order = np.argsort(-values, kind="stable")[:likeliest]
+    return LogProbability(token, float(values[token]), tuple((int(one), float(values[one])) for one in order))
 
 
 class TextRun(Iterator[str]):
@@ -189,6 +235,11 @@ class TextRun(Iterator[str]):
     def ids(self) -> list[int]:
         """The tokens given so far; where a stop string was found, its own are among them."""
         return self.tokens.ids
+
+    @property
+    def logprobs(self) -> list[LogProbability]:
+        """See `TokenRun.logprobs`."""
+        return self.tokens.logprobs
 
     @property
     def reason(self) -> str:

@@ -55,6 +55,12 @@ Examples:
     help="Write text or token ids. Default: text, as far as psigraph knows the file's tokenizer.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON record with text, ids and timings instead.")
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0, 100),
+    metavar="N",
+    help="With --json: each token's log probability and the N likeliest tokens.",
+)
 @click.option("--stream/--no-stream", default=None, help="Write pieces as they come, as by default, or all at the end.")
 @sampling_options
 @backend_option()
@@ -73,6 +79,7 @@ def command(
     stop: tuple[str, ...],
     output: str | None,
     as_json: bool,
+    logprobs: int | None,
     stream: bool | None,
     sampling: dict[str, Any],
     backend: str,
@@ -85,7 +92,7 @@ def command(
     policy: str | None,
 ) -> None:
     """Continue a prompt with MODEL, written as it comes."""
-    _check_output(output, as_json, stream, stop)
+    _check_output(output, as_json, stream, stop, logprobs)
     text = _prompt_text(prompt, prompt_file, ids)
     from ..artifact import admit_file
     from ..build import Model
@@ -131,6 +138,7 @@ def command(
                 graph=not no_graph,
                 disable=disable,
                 positions=request.positions,
+                outputs=() if logprobs is None else ("logits",),
                 sampling=not sampler.greedy,
                 admit=admit,
                 check=check,
@@ -138,7 +146,7 @@ def command(
                 on_compile=bars.bar("compiling kernels"),
             )
         with session:
-            tokens = Decoder(session).run(request.ids, Limits(max_new_tokens, sampler))
+            tokens = Decoder(session).run(request.ids, Limits(max_new_tokens, sampler, logprobs=logprobs))
             if as_json:
                 record = _record(tokens, request, admitted[0], session, stop)
                 if not sampler.greedy:
@@ -158,7 +166,11 @@ def context_full(session: Session) -> str:
     return f"stopped: the context of {session.context:,} tokens is full{more}"
 
 
-def _check_output(output: str | None, as_json: bool, stream: bool | None, stop: tuple[str, ...]) -> None:
+def _check_output(
+    output: str | None, as_json: bool, stream: bool | None, stop: tuple[str, ...], logprobs: int | None
+) -> None:
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs goes into the record; give --json too")
     if as_json and output:
         raise UsageError(f"--json holds text and ids; leave --output {output} out")
     if as_json and stream:
@@ -226,6 +238,16 @@ def _record(
         "context": session.context,
         "timings": {**tokens.timings(), **{key: round(value, 3) for key, value in session.timings.items()}},
     }
+    if tokens.logprobs:
+        record["logprobs"] = [
+            {
+                "id": one.token,
+                "text": tokenizer.decode([one.token]) if tokenizer is not None else None,
+                "logprob": one.value,
+                "likeliest": [{"id": token, "logprob": value} for token, value in one.likeliest],
+            }
+            for one in tokens.logprobs
+        ]
     if guard is not None:
         record["disclaimer"] = guard.disclaimer
     return record

@@ -76,7 +76,12 @@ def test_logits_are_the_references_and_leave_the_model_usable(tiny: LanguageMode
     assert divergence(wanted[:12], found).max() <= 1e-6
     assert np.array_equal(tiny.logits(ids[:2]), found[:2])
     prompt, greedy, _ = reference_greedy(Q4, "one_token")
-    assert list(tiny.generate(prompt, 3)) == greedy[:3]
+    run = tiny.generate(prompt, 3, logprobs=0)
+    assert list(run) == greedy[:3]
+    assert [(one.token, one.likeliest) for one in run.logprobs] == [(token, ()) for token in greedy[:3]]
+    text = tiny.generate("The whale", 1, logprobs=1)
+    assert "".join(text)
+    assert text.logprobs[0].value < 0
 
 
 def test_what_a_request_needs_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:

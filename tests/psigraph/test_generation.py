@@ -30,7 +30,7 @@ class Counting:
         self.fed: list[list[int]] = []
         self.seen: list[str] = []
         self.samplers: list[SamplerSettings] = []
-        self.engine = SimpleNamespace(chosen=lambda: self.fed[-1][-1] + 1)
+        self.engine = SimpleNamespace(chosen=lambda: self.fed[-1][-1] + 1, has_logits=False)
 
     def set_sampler(self, settings: SamplerSettings) -> None:
         self.samplers.append(settings)
@@ -140,8 +140,11 @@ def test_what_cannot_run_is_refused_before_anything_is_fed() -> None:
     for ids, named in (([], "prompt is empty"), ([256], "ids are 0 to 255"), ([1] * 65, "has 65 tokens")):
         with pytest.raises(UsageError, match=named):
             decoding.run(ids)
-    with pytest.raises(UsageError, match="max_new_tokens is 0"):
-        Limits(0)
+    for options, named in (({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"logprobs": -1}, "logprobs is -1")):
+        with pytest.raises(UsageError, match=named):
+            Limits(**options)
+    with pytest.raises(UsageError, match="opened with outputs="):
+        decoding.run([1], Limits(logprobs=1))
     assert session.fed == []
 
 
@@ -173,6 +176,16 @@ class Listed:
 
     def end(self, reason: str) -> None:
         self.reason = reason
+
+
+def test_log_probabilities_are_given_for_tokens_that_are_given() -> None:
+    prompt, greedy, _ = reference_greedy(Q4, "one_token")
+    with open_session(Q4, "cpu", ctx=64, outputs=("logits",)) as session:
+        at = next(index for index, token in enumerate(greedy) if token in session.end_tokens)
+        run = Decoder(session).run([*prompt, *greedy[: at - 2]], Limits(9, logprobs=1))
+        assert (list(run), run.reason) == (greedy[at - 2 : at], "end")
+    assert [one.token for one in run.logprobs] == run.ids
+    assert [one.likeliest for one in run.logprobs] == [((one.token, one.value),) for one in run.logprobs]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_model import Q4, changed, reference_greedy
 
@@ -126,6 +127,29 @@ def test_the_record(capfd: pytest.CaptureFixture[str]) -> None:
     assert timings["decode_tokens_per_second"] == pytest.approx(5e3 / timings["decode_ms"], rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "drawn", [(), ("--temperature", "1.5", "--top-k", "0", "--seed", "3")], ids=["greedy", "drawn"]
+)
+def test_log_probabilities_are_those_of_the_models_own_logits(
+    drawn: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*BASE, "--prompt-token-ids", "4094,448", "--max-new-tokens", "3", "--json", *drawn]
+    assert run(asked) == 0
+    plain = json.loads(capfd.readouterr().out)
+    assert run([*asked, "--logprobs", "2"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert "logprobs" not in plain
+    assert record["ids"] == plain["ids"]
+    ids = [*record["prompt_ids"], *record["ids"]]
+    with sessions.open_session(Q4, "cpu", ctx=8, outputs=("logits",)) as session:
+        rows = session.forced_logits(ids[:-1])[1:]
+    for row, token, told in zip(rows, record["ids"], record["logprobs"], strict=True):
+        values = row - np.log(np.exp(row - row.max()).sum()) - row.max()
+        assert (told["id"], told["logprob"]) == (token, pytest.approx(values[token]))
+        assert [one["id"] for one in told["likeliest"]] == np.argsort(-values)[:2].tolist()
+        assert told["likeliest"][0]["logprob"] == pytest.approx(values.max())
+
+
 def test_a_stop_string_ends_the_text_before_it(capfd: pytest.CaptureFixture[str]) -> None:
     given = ["generate", str(Q4), "--prompt", "The whale", "--max-new-tokens", "16"]
     assert run([*given, "--no-stream"]) == 0
@@ -187,6 +211,8 @@ def test_a_seed_gives_its_text_again(capfd: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "\udcff", "--chat"], 2, "not valid Unicode"),
         (["--prompt", "a", "--json", "--output", "ids"], 2, "leave --output ids out"),
         (["--prompt", "a", "--json", "--stream"], 2, "leave --stream out"),
+        (["--prompt", "a", "--logprobs", "3"], 2, "--logprobs goes into the record; give --json too"),
+        (["--prompt", "a", "--json", "--logprobs", "101"], 2, "--logprobs"),
         (["--prompt", "a", "--stop", "b", "--output", "ids"], 2, "does not go with --output ids"),
         (["--prompt", "a", "--stop", ""], 2, "stop string is empty"),
         (["--prompt", "a", "--temperature", "-1"], 2, "--temperature"),
