@@ -262,12 +262,13 @@ class LanguageModel:
             return
         previous = ""
         for message in messages:
-            if message["role"] == "assistant":
+            if message["role"] not in ("system", "user"):
                 continue
-            decision = self.guard.classify(message["content"], previous)
+            asked = message["role"] == "user"
+            decision = self.guard.classify(message["content"], previous if asked else "")
             if decision.refused:
                 raise PolicyRefusal(decision.message)
-            previous = message["content"]
+            previous = message["content"] if asked else previous
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""

@@ -27,7 +27,7 @@ from .runtime.gguf_file import GgufFile
 KEY = "tokenizer.chat_template"
 CPU_SECONDS = 2
 MEMORY_BYTES = 256 << 20
-WALL_SECONDS = 2.7  # with the start of the process and its end, an answer comes within 3 s
+WALL_SECONDS = 2.5  # with the start of the process and its end, an answer comes within 3 s
 OUTPUT_CHARACTERS = 16 << 20
 _ROLES = ("system", "user", "assistant", "tool")
 # Tokens that templates name: variable -> key of the file.

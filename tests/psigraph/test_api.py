@@ -10,7 +10,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -186,3 +187,18 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, psigraph; print([name for name in ('numpy', 'cuda', 'gguf') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_guard_reads_a_request_with_the_users_turn_before_it_and_with_no_other() -> None:
+    class Watching:
+        seen: ClassVar[list[tuple[str, str]]] = []
+
+        def classify(self, request: str, previous: str = "") -> Any:
+            self.seen.append((request, previous))
+            return SimpleNamespace(refused=False)
+
+    model: Any = object.__new__(LanguageModel)
+    model.guard = Watching()
+    roles = ("system", "user", "assistant", "tool", "user")
+    model.ask_guard([{"role": role, "content": f"{index} {role}"} for index, role in enumerate(roles)])
+    assert Watching.seen == [("0 system", ""), ("1 user", ""), ("4 user", "1 user")]
