@@ -177,7 +177,8 @@ def check_folder(out: Path) -> None:
             raise OutputError(f"--out {out}: is no folder; choose another name")
         if out.is_dir() and any(out.iterdir()) and not (out / PROGRAM_FILE).is_file():
             raise OutputError(f"--out {out}: holds files that psigraph compile did not write; choose another folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if not out.parent.is_dir():
+            raise OutputError(f"--out {out}: cannot be written: {out.parent}: there is no such folder; make it first")
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"):
             pass
     except OSError as error:

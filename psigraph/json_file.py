@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,38 +16,87 @@ from .ir.errors import OutputError, UsageError
 _NUMBER_LIST = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s*\]")
 
 
+# Half a surrogate pair: what Python makes of a file name's bytes that are no UTF-8. No UTF-8 file can hold one.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MODEL_MAGIC = b"GGUF"
+
+
 def json_text(obj: object) -> str:
-    """Indented JSON with lists of numbers on one line. Raises ValueError for NaN and infinities."""
+    """Indented JSON with lists of numbers on one line; bytes of file names that are not UTF-8 are written as `\\xff`.
+
+    Raises ValueError for NaN and infinities.
+    """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
-    return _NUMBER_LIST.sub(lambda match: "[" + re.sub(r"\s+", " ", match[1]) + "]", text) + "\n"
+    text = _NUMBER_LIST.sub(lambda match: "[" + re.sub(r"\s+", " ", match[1]) + "]", text) + "\n"
+    return _SURROGATE.sub(_spelled_out, text)
+
+
+def _spelled_out(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    # The backslash is doubled, as JSON has no \x: what is read back are the four characters.
+    return f"\\\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\\\u{code:04x}"
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise OutputError unless a file can be written at `path`: asked before an hour of work, not after it.
 
-    Missing parent folders are made, as the write itself would.
+    A device, a pipe, a folder and a model file are never written over; a missing folder is named, not made.
     """
-    target = Path(path)
+    _real_target(Path(path))
+
+
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError unless files can be written into the folder `path`, which may yet have to be made."""
+    folder = Path(path)
+    if folder.is_dir():
+        _real_target(folder / ".psigraph-probe")
+    elif os.path.lexists(folder):
+        raise OutputError(f"{folder}: is no folder; name one")
+    else:
+        _real_target(folder)
+
+
+def _real_target(path: Path) -> Path:
+    """The regular file that a write to `path` replaces or makes: through symlinks, so that they stay."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise OutputError(f"{target}: is a folder; name a file")
+        # strict=False: the last part may be missing; a loop of links shows when it is looked at.
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            what = "is no folder" if target.parent.exists() else "there is no such folder; make it first"
+            raise OutputError(f"{path}: cannot be written: {target.parent}: {what}")
+        if os.path.lexists(target):
+            mode = target.stat().st_mode
+            if stat.S_ISDIR(mode):
+                raise OutputError(f"{path}: is a folder; name a file")
+            if not stat.S_ISREG(mode):
+                raise OutputError(f"{path}: is no regular file; name one, or leave the option out")
+            if _is_model(target):
+                raise OutputError(f"{path}: is a model file (GGUF), which is not written over; name another file")
         with tempfile.TemporaryFile(dir=target.parent):
             pass
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return target
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a regular file begins as model files do. One that cannot be read is no model of this user."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_MODEL_MAGIC)) == _MODEL_MAGIC
+    except PermissionError:
+        return False
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a whole text file in UTF-8, or leave what was there: temporary file beside it, fsync, rename.
 
-    Raises OutputError; nothing half-written stays, after an interrupt neither.
+    Raises OutputError, as `check_writable` does; nothing half-written stays, after an interrupt neither.
     """
-    target = Path(path)
-    check_writable(target)
+    target = _real_target(Path(path))
     temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
@@ -58,7 +108,7 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         os.replace(temporary, target)
         temporary = ""
     except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from None
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)

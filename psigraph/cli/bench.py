@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..ir.errors import UsageError
-from ..json_file import check_writable, read_json, write_json_atomically
+from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
 from ..policy import Admission
 from ..report import validate_report
 from .options import DEPTHS, MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
@@ -101,7 +101,7 @@ def command(
     if sweep and (profile or baseline or depth):
         raise UsageError("--sweep goes without --profile, --baseline and --depth: give it the depths, and nothing more")
     if json_out is not None:
-        check_writable(json_out / "report.json" if sweep and json_out.is_dir() else json_out)
+        (check_new_folder if sweep else check_writable)(json_out)
     before = read_json(baseline) if baseline is not None else None
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
     from ..baseline import compare_reports
@@ -131,7 +131,7 @@ def command(
     if sweep:
         click.echo(sweep_table(reports))
         if json_out is not None:
-            json_out.mkdir(parents=True, exist_ok=True)
+            json_out.mkdir(exist_ok=True)
         targets = [json_out / f"depth-{report['depth']}.json" if json_out else None for report in reports]
     else:
         click.echo(summary(reports[0]))

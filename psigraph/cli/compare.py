@@ -17,7 +17,7 @@ from ..comparators import Comparator, Job, LlamaBench, LlamaCppPython, LlamaServ
 from ..compare import cannot_settle, run_session, settle
 from ..gpu_state import gpu_state
 from ..ir.errors import PolicyRefusal, PsigraphError, UsageError
-from ..json_file import check_writable, read_json, write_json_atomically
+from ..json_file import check_new_folder, read_json, write_json_atomically
 from ..matrix import build_matrix, read_source
 from ..matrix_view import markdown
 from ..policy import load_policy
@@ -88,7 +88,7 @@ def command(
     ids = _ids(prompt_token_ids)
     if ollama and prompt_text is None and ids != _IM_START:
         raise UsageError("--prompt-text: Ollama takes text, give the prompt's")
-    check_writable(out_dir / "matrix.json")
+    check_new_folder(out_dir)
     sha256 = _sha256(model)
     if expect_sha256 is not None and expect_sha256.lower() != sha256:
         raise PolicyRefusal(f"--expect-sha256 {expect_sha256}: the file's digest is {sha256}")
@@ -106,6 +106,7 @@ def command(
         return bench_in_a_process(path, prompt, tokens, engine, device)
 
     session = run_session(job, tools, bench, state, repeats=repeats, say=lambda line: click.echo(line, err=True))
+    out_dir.mkdir(exist_ok=True)
     sources = []
     for name, report in (("psigraph", session.ours), *((str(one["runtime"]), one) for one in session.theirs)):
         path = out_dir / f"{re.sub(r'[^a-z0-9]+', '_', name.lower())}_{session.name[:8]}.json"

@@ -30,6 +30,7 @@ def sound(tmp_path_factory):
     for name in ("pyproject.toml", *map(str, gate.DOCS)):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
+    (root / OURS).parent.mkdir()
     write_json_atomically(root / OURS, a_report(600.0, tokens=512, session="s1", gpu="NVIDIA Gate"))
     write_json_atomically(root / THEIRS, a_comparator(250.0, gpu="NVIDIA Gate"))
     with (root / gate.DOCS[1]).open("a") as stream:

@@ -224,6 +224,7 @@ def test_comparator_reports_are_checked():
 
 def test_command_writes_and_checks(tmp_path):
     folder = tmp_path / "fixtures" / "medpsy" / "benchmarks"
+    folder.mkdir(parents=True)
     write_json_atomically(folder / "ours.json", ours())
     write_json_atomically(folder / "theirs.json", a_comparator())
     write_json_atomically(folder / "other.json", {"schema": "something else"})

@@ -4,11 +4,13 @@ import copy
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from bench_reports import REAL_SHA256, a_report
 
 from psigraph.ir.errors import OutputError, UsageError
+from psigraph.json_file import check_new_folder
 from psigraph.report import (
     check_writable,
     json_text,
@@ -23,7 +25,7 @@ from psigraph.report import (
 def test_a_built_report_is_valid_and_survives_its_file(tmp_path, backend):
     report = a_report(backend=backend)
     assert validate_report(report) == []
-    path = tmp_path / "new" / "report.json"
+    path = tmp_path / "report.json"
     write_json_atomically(path, report)
     assert read_json(path) == report
     assert validate_report(read_json(path)) == []
@@ -156,11 +158,49 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 def test_unwritable_places_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "file" / "report.json", tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and so on")
+    (tmp_path / "to_model").symlink_to("model.gguf")
+    before = sorted(os.listdir(tmp_path))
+    for path in ("file/report.json", ".", "absent/report.json", "loop", "pipe", "to_pipe", "model.gguf", "to_model"):
         with pytest.raises(OutputError, match=str(tmp_path)):
-            write_json_atomically(path, {})
+            write_json_atomically(tmp_path / path, {})
         with pytest.raises(OutputError):
-            check_writable(path)
+            check_writable(tmp_path / path)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF and so on"
+    with pytest.raises(OutputError, match="absent: there is no such folder"):
+        check_writable(tmp_path / "absent" / "report.json")
+
+
+def test_a_folder_for_reports_may_be_missing_but_not_its_parent(tmp_path):
+    (tmp_path / "file").write_text("x")
+    check_new_folder(tmp_path)
+    check_new_folder(tmp_path / "new")
+    for path in ("file", "new/er", "file/new"):
+        with pytest.raises(OutputError, match=path.split("/")[0]):
+            check_new_folder(tmp_path / path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    for target in ("there/old.json", "there/new.json"):
+        (tmp_path / "there" / "old.json").write_text("{}")
+        link = tmp_path / Path(target).name
+        link.symlink_to(target)
+        write_json_atomically(link, {"a": 1})
+        assert link.is_symlink()
+        assert read_json(tmp_path / target) == {"a": 1}
+
+
+def test_names_that_are_not_utf_8_are_spelled_out(tmp_path):
+    path = tmp_path / os.fsdecode(b"report-\xff.json")
+    write_json_atomically(path, {"model": "m\udcff.gguf", "other": "\ud800"})
+    assert read_json(path) == {"model": "m\\xff.gguf", "other": "\\ud800"}
 
 
 def test_what_is_no_report_file(tmp_path):

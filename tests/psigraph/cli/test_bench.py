@@ -23,7 +23,7 @@ BASE = ["bench", "--model-path", str(Q4), "--artifact-kind", "gguf", "--max-new-
 
 
 def test_a_report_of_the_cpu_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "new" / "report.json"
+    out = tmp_path / "report.json"
     prompt, greedy, _ = reference_greedy(Q4, "speech")
     ids = ",".join(map(str, prompt))
     arguments = ["--model-size", "8.9m", "--backend", "cpu", "--prompt-token-ids", ids, "--expect-sha256", Q4_SHA256]

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("no_gpu")
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory, kernel_cache: Path) -> Path:
     """The tiny model, compiled for two architectures."""
-    out = tmp_path_factory.mktemp("compiled") / "deep" / "out"
+    out = tmp_path_factory.mktemp("compiled") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PSIGRAPH_CACHE_DIR", str(kernel_cache))
         assert run(["compile", str(Q4), "--arch", "sm_90a", "--arch", "sm_80", "--out", str(out)]) == 0
