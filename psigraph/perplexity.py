@@ -195,8 +195,8 @@ def load_reference(path: str | os.PathLike[str], tier: str, key: str | None = No
 
 def save_logits(path: str | os.PathLike[str], ids: Sequence[int], window: int, rows: Sequence[np.ndarray]) -> None:
     """Write what `load_reference` reads, whole or not at all; OutputError where that fails."""
-    target = Path(path)
-    check_writable(target)
+    check_writable(path)
+    target = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -79,6 +79,8 @@ def command(
         raise UsageError("--max-tokens shortens a text; it goes with --text alone, since saved logits have their ids")
     if window is not None and ctx is not None and window > ctx:
         raise UsageError(f"--window {window} does not fit into --ctx {ctx}")
+    if save_logits is not None and json_out is not None and save_logits.resolve() == json_out.resolve():
+        raise UsageError(f"--save-logits and --json-out are both {json_out}; name two files")
     for target in (save_logits, json_out):
         if target is not None:
             check_writable(target)

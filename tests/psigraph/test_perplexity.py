@@ -166,6 +166,7 @@ def test_what_is_saved_is_what_is_loaded_and_nothing_half_written_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "deep" / "saved.npz"
+    path.parent.mkdir()
     save_logits(path, [1, 2, 3], 2, [ROWS, ROWS[:1] + 1])
     found = load_reference(path, "Q4_K_M")
     assert (found.ids, found.window, found.key) == ([1, 2, 3], 2, "logits")
@@ -186,6 +187,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text.write_text("Fellow-Citizens of the Senate and House of Representatives: I have the honor\n")
     given = ["perplexity", str(Q4), "--backend", "cpu", "--text", str(text), "--window", "8"]
     report, logits = tmp_path / "out" / "report.json", tmp_path / "logits.npz"
+    report.parent.mkdir()
     assert run([*given, "--max-tokens", "12", "--json-out", str(report), "--save-logits", str(logits)]) == 0
     shown = capfd.readouterr().out
     assert "over 10 of 12 tokens, in windows of 8" in shown
@@ -209,6 +211,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         ([], "nothing to read: give --text FILE, or --against"),
         (["--text", "/nonexistent"], "/nonexistent: cannot be read"),
         (["--text", "/dev/null"], "/dev/null: holds no token"),
+        (["--text", __file__, "--json-out", "a", "--save-logits", "./a"], "are both a; name two files"),
         (["--text", __file__, "--key", "a"], "--key names an array of --against"),
         (["--against", str(SAVED), "--max-tokens", "9"], "it goes with --text alone"),
         (["--against", str(SAVED), "--key", "nothing"], "needs ids and nothing"),
