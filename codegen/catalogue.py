@@ -47,6 +47,9 @@ SHAPE_CLASSES = (
     ShapeClass("more rows than threads", 88, 256, 1, (("column_warps", 1), ("tile_warps", 1))),
     ShapeClass("refilled ring", 264, 768, 2, _RING),
     ShapeClass("even refilled ring", 256, 1024, 4, (("column_warps", 4), ("tile_warps", 1), ("ring_limit", 1))),
+    ShapeClass(
+        "slices in pieces", 80, 1024, 2, (("column_warps", 2), ("tile_warps", 1), ("pieces", 2), ("ring_limit", 1))
+    ),
     ShapeClass("H100", 64, 2048, 132),
     ShapeClass("uneven H100", 2128, 256, 132),
 )

@@ -21,7 +21,7 @@ from .writer import Writer, c_float, signature
 
 PRODUCTS = tuple(EPILOGUES)
 
-_SOURCE = "source = {pointer} + ((u64){tile} * SUPERBLOCKS + first) * {struct}::BYTES; bytes = count * {struct}::BYTES;"
+_SOURCE = "source = {pointer} + ((u64){tile} * SUPERBLOCKS + from) * {struct}::BYTES; bytes = many * {struct}::BYTES;"
 
 
 def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = None) -> Emitted:
@@ -70,7 +70,7 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
         shared_bytes=product.shared.total,
         bytes_read=bytes_read,
         describe=f"{shape.column_warps} warps share the columns, {shape.tile_warps} take turns with the tiles, "
-        f"ring of {shape.depth}",
+        f"ring of {shape.depth}" + (f", a slice in {shape.pieces} pieces" if shape.pieces > 1 else ""),
     )
 
 
@@ -80,7 +80,7 @@ def _text(product: Product, epilogue: Epilogue) -> str:
     programmatic = product.ctx.target.programmatic
     even = product.units == shape.grid * shape.units_per_block
     even_items = even and product.tiles_per_block % shape.tile_warps == 0
-    refills = shape.depth * shape.tile_warps < product.tiles_per_block
+    refills = shape.depth * shape.tile_warps < product.tiles_per_block * shape.pieces
     block_tiles = (
         "constexpr int block_tiles = ROWS / 16;"
         if even
@@ -98,14 +98,15 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             constexpr int COLUMN_WARPS = {shape.column_warps}, TILE_WARPS = {shape.tile_warps}, WARPS = {shape.warps};
             constexpr int DEPTH = {shape.depth};
             constexpr int SUPERBLOCKS = {product.superblocks}, SLICE = {product.slice};  // of a row; of a warp
-            constexpr int ITEM = {product.slice * product.widest};  // bytes of a ring stage
+            constexpr int PIECES = {shape.pieces}, PIECE = {product.piece};  // stages of a slice; superblocks of one
+            constexpr int STAGE = {product.piece * product.widest};  // bytes
             constexpr int GRID = {shape.grid}, UNITS = {product.units}, TILES_PER_UNIT = {product.tiles_per_unit};
             constexpr int ROWS = {product.tiles_per_block * 16};  // of a block
             extern __shared__ __align__(128) u8 shared_memory[];
             const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
             const int column_warp = warp % COLUMN_WARPS, tile_warp = warp / COLUMN_WARPS;  // warp WARPS runs errands
             const int first = column_warp * SLICE, count = {count};
-            u8* ring = shared_memory + warp * (DEPTH * ITEM);
+            u8* ring = shared_memory + warp * (DEPTH * STAGE);
             u64* barriers = (u64*)(shared_memory + {shared.barriers}) + warp * DEPTH;
             float* partial = (float*)(shared_memory + {shared.partial});  // [column warp][row of the block]
         """)
@@ -118,13 +119,15 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             {block_tiles}
             {items}
         """)
-        with writer.block("auto fetch = [&](int i)", "};"):
+        writer.line("// Ring stage number n of this warp: a piece of its slice of a tile.")
+        with writer.block("auto fetch = [&](int n)", "};"):
             writer.line("int bytes = 0;")
             writer.line("const u8* source = weight0;")
-            with writer.block("if (i < items)"):
-                writer.line("int tile = i * TILE_WARPS + tile_warp;")
+            with writer.block("if (n < items * PIECES)"):
+                writer.line("int tile = n / PIECES * TILE_WARPS + tile_warp;")
+                writer.line("int from = first + n % PIECES * PIECE, many = PIECES > 1 ? PIECE : count;")
                 _tile_source(product, writer, _SOURCE)
-            writer.line("Ring<DEPTH>::issue(barriers, i % DEPTH, ring + (i % DEPTH) * ITEM, source, bytes, lane);")
+            writer.line("Ring<DEPTH>::issue(barriers, n % DEPTH, ring + (n % DEPTH) * STAGE, source, bytes, lane);")
         writer.lines("""
 
             // 1. Weights depend on no other kernel.
@@ -132,7 +135,7 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             if (warp < WARPS) {
                 Ring<DEPTH>::open(barriers, lane);
                 #pragma unroll 1
-                for (int i = 0; i < DEPTH; i++) fetch(i);
+                for (int n = 0; n < DEPTH; n++) fetch(n);
             }
         """)
         epilogue.before_wait(writer)
@@ -185,16 +188,18 @@ def _tiles(product: Product, writer: Writer, refills: bool) -> None:
     writer.line("// 3. Tiles: rows g and g + 8 of each, this warp's columns.")
     writer.line("#pragma unroll 1")
     with writer.block("for (int i = 0; i < items; i++)"):
-        writer.lines("""
-            int tile = i * TILE_WARPS + tile_warp;
-            const u8* item = ring + (i % DEPTH) * ITEM;
-            float low = 0.0f, high = 0.0f;
-            Ring<DEPTH>::wait(barriers, i % DEPTH, i / DEPTH, lane);
-        """)
-        _tile_product(product, writer)
-        if refills:
-            writer.line("Ring<DEPTH>::release();")
-            writer.line("fetch(i + DEPTH);")
+        writer.line("const int tile = i * TILE_WARPS + tile_warp;")
+        writer.line("float low = 0.0f, high = 0.0f;")
+        with writer.block("for_each<PIECES>([&](auto piece)", "});"):
+            writer.lines("""
+                const int n = i * PIECES + piece.index;
+                const u8* stage = ring + (n % DEPTH) * STAGE;
+                Ring<DEPTH>::wait(barriers, n % DEPTH, n / DEPTH, lane);
+            """)
+            _tile_product(product, writer)
+            if refills:
+                writer.line("Ring<DEPTH>::release();")
+                writer.line("fetch(n + DEPTH);")
         writer.lines("""
             low = lanes_sum(low, 4);
             high = lanes_sum(high, 4);
@@ -233,9 +238,10 @@ def _tile_product(product: Product, writer: Writer) -> None:
 
     def loop(struct: str) -> None:
         writer.line("#pragma unroll")
-        with writer.block("for (int s = 0; s < SLICE; s++)"):
+        with writer.block("for (int s = 0; s < PIECE; s++)"):
             guard = "" if product.superblocks % product.slice == 0 else "if (s < count) "
-            writer.line(f"{guard}{struct}::dot(item + s * {struct}::BYTES, slice, s, lane, low, high);")
+            dot = f"{struct}::dot(stage + s * {struct}::BYTES, slice, piece.index * PIECE + s, lane, low, high);"
+            writer.line(guard + dot)
 
     structs = [row.struct for row in product.types]
     if len(set(structs)) == 1:

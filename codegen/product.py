@@ -43,6 +43,11 @@ class Product:
         return -(-self.superblocks // self.shape.column_warps)
 
     @property
+    def piece(self) -> int:
+        """Superblocks of a ring stage."""
+        return self.slice // self.shape.pieces
+
+    @property
     def threads(self) -> int:
         """The product's warps, and one that runs errands: factor, residual, whatever the epilogue needs."""
         return self.shape.threads + 32
@@ -60,7 +65,7 @@ class Product:
     def shared(self) -> SharedLayout:
         """Where things lie in the block's dynamic shared memory."""
         shape = self.shape
-        ring = shape.warps * shape.depth * self.slice * self.widest
+        ring = shape.warps * shape.depth * self.piece * self.widest
         barriers = -(-ring // 128) * 128
         partial = barriers + -(-shape.warps * shape.depth * 8 // 16) * 16
         floats = partial + shape.column_warps * self.tiles_per_block * 16 * 4

@@ -20,17 +20,24 @@ from .target import Target
 
 MAX_SLICE = 4  # superblocks a warp keeps in registers: 12 registers each
 MAX_WARPS = 16  # of the built-in shapes
+WARPS_OF_WIDE_SLICES = 15  # of the built-in shapes, where a warp has more than one superblock: 128 registers a thread
+MANY_WARPS = 20  # more leave too few registers to each thread: the assembler spills
 MOST_WARPS = 31  # that a block can have beside the errand warp
 RING_LIMIT = 112 * 1024  # bytes of ring a block: two kernels resident on an SM with 227 KB
 
 
 @dataclass(frozen=True)
 class ProductShape:
-    """grid in blocks; warps per block = column_warps * tile_warps; depth in ring stages."""
+    """grid in blocks; warps per block = column_warps * tile_warps; depth in ring stages.
+
+    pieces: ring stages that an item is cut into, where a block's shared memory cannot hold
+    one item of each warp.
+    """
 
     grid: int
     column_warps: int
     tile_warps: int
+    pieces: int
     depth: int
     units_per_block: int
 
@@ -53,46 +60,55 @@ def product_shape(
     reserve: int = 0,
     column_warps: int | None = None,
     tile_warps: int | None = None,
+    pieces: int | None = None,
     ring_limit: int = RING_LIMIT,
 ) -> ProductShape:
-    """The shape of a product.
+    """The shape of a product: the first that fits, of those that are likely to be fast.
 
     units, tiles_per_unit, superblocks: the matrix; superblock_bytes: of its widest weight
     type; reserve: shared bytes that the kernel needs besides ring and partial sums.
-    UnsupportedModelError if the columns exceed what a block's warps can hold.
+    column_warps, tile_warps, pieces, ring_limit: what tuning or a test asks for. UnsupportedModelError if
+    nothing fits.
     """
-    if column_warps is None:
-        column_warps = _column_warps(superblocks)
+    problem = "is wider than kernels support (31744)"
+    for columns in (column_warps,) if column_warps is not None else _column_warps(superblocks):
+        slice_ = -(-superblocks // columns)
+        if columns > superblocks or columns > MOST_WARPS or slice_ > MAX_SLICE or (columns - 1) * slice_ >= superblocks:
+            continue
+        problem = f"needs more shared memory than {target.arch} has"
+        per_block = _units_per_block(units, tiles_per_unit, columns, target)
+        tiles = per_block * tiles_per_unit
+        room = target.shared_bytes - reserve - _row_bytes(columns) * tiles * 16 - 256
+        most = (MAX_WARPS if slice_ == 1 else WARPS_OF_WIDE_SLICES) // columns
+        wanted = tile_warps if tile_warps is not None else max(1, min(most, tiles // 2))
+        for turns in range(wanted, 0, -1) if tile_warps is None else (wanted,):
+            warps = columns * turns
+            if warps > MOST_WARPS:
+                continue
+            for cuts in _pieces(superblocks, columns, slice_):
+                if pieces not in (None, cuts):
+                    continue
+                stage = warps * (slice_ // cuts if cuts > 1 else slice_) * superblock_bytes
+                items = -(-tiles // turns) * cuts
+                depth = max(1, min(items, 8, min(ring_limit, room - warps * 64) // stage))
+                if depth * stage <= room - warps * 64:
+                    return ProductShape(-(-units // per_block), columns, turns, cuts, depth, per_block)
+    raise UnsupportedModelError(f"a product over {superblocks * 256} columns {problem}")
+
+
+def _units_per_block(units: int, tiles_per_unit: int, column_warps: int, target: Target) -> int:
+    """One block a multiprocessor, or more where a block's sums would leave no room for weights."""
     per_block = -(-units // target.sm_count)
-    # Many rows on few multiprocessors: more blocks than multiprocessors, so that a block's sums leave room for weights.
     while per_block > 1 and _row_bytes(column_warps) * per_block * tiles_per_unit * 16 > target.shared_bytes // 4:
         per_block = -(-per_block // 2)
-    grid = -(-units // per_block)
-    tiles_per_block = per_block * tiles_per_unit
-    slice_ = -(-superblocks // column_warps)
-    if slice_ > MAX_SLICE or column_warps > MOST_WARPS:
-        raise UnsupportedModelError(f"a product over {superblocks * 256} columns is wider than kernels support (31744)")
-    item_bytes = slice_ * superblock_bytes
-    rows = tiles_per_block * 16
-    available = target.shared_bytes - reserve - _row_bytes(column_warps) * rows - 256
-    if tile_warps is None:
-        tile_warps = max(1, min(MAX_WARPS // column_warps, tiles_per_block // 2))
-        # Wide rows of wide types: as many turns as one stage each fits.
-        while tile_warps > 1 and column_warps * tile_warps * (item_bytes + 64) > available:
-            tile_warps -= 1
-    if column_warps * tile_warps > MOST_WARPS or column_warps > superblocks:
-        raise UnsupportedModelError(
-            f"{column_warps} x {tile_warps} warps do not fit a product over {superblocks * 256} columns"
-        )
-    items = -(-tiles_per_block // tile_warps)
-    warps = column_warps * tile_warps
-    room = available - warps * 64
-    depth = max(1, min(items, 8, min(ring_limit, room) // (warps * item_bytes)))
-    if depth * warps * item_bytes > room:
-        raise UnsupportedModelError(
-            f"a product over {superblocks * 256} columns needs more shared memory than {target.arch} has"
-        )
-    return ProductShape(grid, column_warps, tile_warps, depth, per_block)
+    return per_block
+
+
+def _pieces(superblocks: int, column_warps: int, slice_: int) -> list[int]:
+    """Even ways to cut a slice; one that is not as wide as the others stays whole, so that no stage is empty."""
+    if superblocks % column_warps:
+        return [1]
+    return [pieces for pieces in range(1, slice_ + 1) if slice_ % pieces == 0]
 
 
 def _row_bytes(column_warps: int) -> int:
@@ -100,16 +116,14 @@ def _row_bytes(column_warps: int) -> int:
     return (column_warps + 2) * 4
 
 
-def _column_warps(superblocks: int) -> int:
-    """Warps that share a tile's columns: even slices of at most 2 superblocks if 16 warps can hold them.
+def _column_warps(superblocks: int) -> list[int]:
+    """Warps that may share a tile's columns, the likely fastest first: even slices of at most 2 superblocks.
 
     Fewer superblocks a warp mean a shorter chain of work between the wait and the exit, which is what a step
-    is made of; measured on an H200, three superblocks a warp cost 25 us a step more than two.
+    is made of; measured on an H200, three superblocks a warp cost 25 us a step more than two. Many warps leave
+    few registers to each (`MANY_WARPS`, `WARPS_OF_WIDE_SLICES`).
     """
-    for longest in (2, 3, MAX_SLICE):
-        even = [w for w in range(4, 20 if longest == 2 else 17) if superblocks % w == 0 and superblocks // w <= longest]
-        if even:
-            return min(even, key=lambda w: (abs(w - 8), w))
-    if superblocks < 4:
-        return superblocks
-    return min(MOST_WARPS, -(-superblocks // 3) if superblocks <= 48 else -(-superblocks // MAX_SLICE))
+    even = [w for w in range(1, MOST_WARPS + 1) if superblocks % w == 0 and superblocks // w <= MAX_SLICE]
+    order = sorted(even, key=lambda w: (w > MANY_WARPS, max(superblocks // w, 2), w < 4, abs(w - 8), w))
+    uneven = [-(-superblocks // slice_) for slice_ in (3, MAX_SLICE)]
+    return order + [w for w in uneven if w <= MOST_WARPS]

@@ -262,6 +262,15 @@ template <int SUPERBLOCKS> struct Digits {
     }
 };
 
+// Digits for one product. A wide slice must not keep its digits four times, masked for each group, in registers
+// from tile to tile (the compiler would, and spill): there they are masked anew each time.
+template <int SUPERBLOCKS> DEVICE u32 masked_here(u32 digits) {
+#ifndef PSIGRAPH_HOST
+    if constexpr (SUPERBLOCKS > 1) asm volatile("" : "+r"(digits));
+#endif
+    return digits;
+}
+
 // Where lane (g, t) starts to read a slice of an i8x2 vector of `columns` (padded) values: digits, then (scale, bias).
 DEVICE const u32* first_word(const u8* vector, int superblock, int lane) { return (const u32*)vector + superblock * 128 + lane; }
 DEVICE const float2* first_factor(const u8* vector, int columns, int superblock, int lane) {
@@ -322,7 +331,7 @@ DEVICE void dot_with_minimum(const u8* superblock, const u8* header, const Digit
         u32 weights[8];
         QUANTS::unpack(weights, superblock, c, lane);
         int sums[4] = {0, 0, 0, 0};
-        dot_chunk(sums, weights, x.digits[4 * s + c], lane);
+        dot_chunk(sums, weights, masked_here<SUPERBLOCKS>(x.digits[4 * s + c]), lane);
         low += x.scale[4 * s + c] * (float)((int)byte_of_word(six.low_scales, c) * integer_sum(sums));
         high += x.scale[4 * s + c] * byte_to_float(six.high_scales, c) * (float)integer_sum(sums + 2);
     }
@@ -396,10 +405,11 @@ struct Q6K {
             u32 weights[8];
             spread_nibbles(weights, ((const uint4*)superblock)[c * 32 + lane]);
             int nibbles[4] = {0, 0, 0, 0}, highs[4] = {0, 0, 0, 0};
-            dot_chunk(nibbles, weights, x.digits[4 * s + c], lane);
+            u32 digits = masked_here<N>(x.digits[4 * s + c]);
+            dot_chunk(nibbles, weights, digits, lane);
 #pragma unroll
             for (int i = 0; i < 8; i++) weights[i] = bits[i] & (0x03030303u << (2 * c));
-            dot_chunk(highs, weights, x.digits[4 * s + c], lane);
+            dot_chunk(highs, weights, digits, lane);
             // highs are 4^c times the two bits, and stand 16 times higher; the nibbles of row g + 8 are 16 times theirs.
             constexpr int UP[4] = {16, 4, 1, 1}, DOWN[4] = {1, 1, 1, 4};
             int low_sum = DOWN[c] * integer_sum(nibbles) + UP[c] * integer_sum(highs);
@@ -436,7 +446,7 @@ struct Q80 {
             uint4 a = ((const uint4*)superblock)[(c * 2) * 32 + lane], b = ((const uint4*)superblock)[(c * 2 + 1) * 32 + lane];
             const u32 weights[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
             int sums[4] = {0, 0, 0, 0};
-            dot_chunk(sums, weights, x.digits[4 * s + c], lane);
+            dot_chunk(sums, weights, masked_here<N>(x.digits[4 * s + c]), lane);
             float scale = x.scale[4 * s + c], zero = 128.0f * x.bias[4 * s + c];
             low_row += half_to_float((u16)(low_words[c] >> shift)) * (scale * (float)integer_sum(sums) - zero);
             high_row += half_to_float((u16)(high_words[c] >> shift)) * (scale * (float)integer_sum(sums + 2) - zero);

@@ -37,13 +37,13 @@ def compiled(program: Program, arch: str) -> dict[str, tuple[bytes, nvrtc.Kernel
         return dict(zip(names, pool.map(one, names), strict=True))
 
 
-def assert_gates(program: Program, arch: str, spills: int = 0) -> None:
+def assert_gates(program: Program, arch: str) -> None:
     launches = {launch.kernel: launch for launch in program.launches}
     for name, (image, resources) in compiled(program, arch).items():
         what = f"{name} for {arch}: {resources}"
         assert image[:4] == b"\x7fELF", what
-        assert resources.spill_bytes <= spills, what
-        assert resources.stack_bytes <= spills, what
+        assert resources.spill_bytes == 0, what
+        assert resources.stack_bytes == 0, what
         assert 0 < resources.registers <= 255, what
         if name in launches:
             launch = launches[name]
@@ -79,8 +79,8 @@ def test_other_sizes(size, quant, arch):
 
 
 def test_largest_size():
-    """Its head's 17 warps leave 96 registers a thread, 2 words fewer than two superblocks of Q6_K want."""
-    assert_gates(lower(graph_of("8b", "q4_k_m"), TARGETS["sm_90a"]), "sm_90a", spills=16)
+    """Its widest product has slices of three superblocks, and its head a matrix of its own."""
+    assert_gates(lower(graph_of("8b", "q4_k_m"), TARGETS["sm_90a"]), "sm_90a")
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_TYPES)
