@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from .bench import Work, environment, filler_ids, prepared
+from .ir.errors import UsageError
 from .ir.program import Program
 from .passes.pipeline import PIPELINE
-from .session import Session
+from .session import Filling, Session
 
 SCHEMA = "psigraph.ablation.v1"
 FULL = "everything on"
 STEPS = 100
+FILLING = Filling("--depth and --steps", "lower one of them")
 Report = Callable[["Row"], None]
 
 
@@ -37,14 +39,20 @@ class Row:
 
 def ablate(
     path: str | os.PathLike[str],
-    backend: str = "auto",
+    backend: str = "cuda",
     *,
     depth: int = 256,
     steps: int = STEPS,
     report: Report | None = None,
+    on_start: Callable[[Session], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """All rows, as a record of schema `psigraph.ablation.v1`. options: those of `bench.prepared`."""
+    """All rows, as a record of schema `psigraph.ablation.v1`. options: those of `bench.prepared`.
+
+    backend: "cuda" or "host". on_start: called with the first session, before anything is measured.
+    """
+    if backend not in ("cuda", "host"):
+        raise UsageError(f"--backend {backend}: a pass is worth something in kernels; take cuda, or host to try it out")
     work = Work((0,), steps + steps // 4, 1, "chained", depth)
     rows: list[Row] = []
     where: dict[str, Any] = {}
@@ -55,7 +63,9 @@ def ablate(
             report(row)
 
     for name, disable in _variants():
-        with prepared(path, work, backend, disable=disable, **options) as bench:
+        with prepared(path, work, backend, disable=disable, filling=FILLING, **options) as bench:
+            if on_start and not rows:
+                on_start(bench.session)
             where = where or environment(bench.session, bench.snapshot)
             keep(_measure(bench.session, name, work, steps))
             if name == FULL and bench.session.program is not None:

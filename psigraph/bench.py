@@ -24,13 +24,14 @@ from .policy import Admission
 from .profile import POSITIONS, Profile, measure_profile
 from .report import build_report
 from .runtime.gguf_file import GgufFile
-from .session import Session, check_ids, open_session, vocabulary_of
+from .session import Filling, Session, check_ids, open_session, vocabulary_of
 
 Progress = Callable[[int, int], None]
 
 WARM_UP_TOKENS_ON_CPU = 8  # caches are warm after these, and a whole run would only make people wait
 STEPS_FOR_QUANTILES = 256
 QUANTILES = (10, 50, 90, 99)
+BENCH_FILLING = Filling(advice="shorten the prompt, or lower --max-new-tokens or --depth")
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,16 @@ def prepared(
     expect_sha256: str | None = None,
     extra_positions: int = 0,
     on_admission: Callable[[Admission], None] | None = None,
+    on_size: Callable[[str], None] | None = None,
+    prompt_name: str = "--prompt-token-ids",
+    filling: Filling = BENCH_FILLING,
     **hooks: Any,
 ) -> Iterator[Bench]:
     """A session in which `work` can be measured.
 
     The GPU's state is asked for first, then the policy; only an admitted file's weights are read. hooks: on_load and
-    on_compile of `open_session`, on_hash of `admit_file`. extra_positions: that a profile needs besides.
+    on_compile of `open_session`, on_hash of `admit_file`. extra_positions: that a profile needs besides. on_size: gets
+    the model's size before a weight is read; may raise. prompt_name, filling: words for errors.
     """
     snapshot = GpuSnapshot() if backend in ("auto", "cuda") else None
     on_hash = hooks.pop("on_hash", None)
@@ -132,13 +137,20 @@ def prepared(
             on_admission(admission)
 
     def check(model: Model) -> None:
-        check_ids(work.prompt, vocabulary_of(model))
+        check_ids(work.prompt, vocabulary_of(model), prompt_name)
         sizes.append(check_model_size(model, model_size))
+        if on_size:
+            on_size(sizes[0])
 
     outputs = ("logits",) if work.mode == "forced" else ()
     positions = work.positions + extra_positions
     with open_session(
-        path, backend, device, ctx, outputs, graph, disable, positions=positions, admit=admit, check=check, **hooks
+        *(path, backend, device, ctx, outputs, graph, disable),
+        positions=positions,
+        admit=admit,
+        check=check,
+        filling=filling,
+        **hooks,
     ) as session:
         yield Bench(session, admissions[0], sizes[0], snapshot)
 

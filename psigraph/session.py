@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,6 +39,14 @@ STAND_IN_NAME = "psigraph host target"
 
 Progress = Callable[[int, int], None]
 Positions = int | Callable[[Model], int] | None
+
+
+@dataclass(frozen=True)
+class Filling:
+    """Words for a request that does not fit into the context: what fills it, and what the user can do."""
+
+    what: str = "prompt and new tokens"
+    advice: str = "shorten the prompt or lower --max-new-tokens"
 
 
 class DecodeEngine(Protocol):
@@ -187,6 +195,7 @@ def open_session(
     sampling: bool = False,
     admit: Callable[[GgufFile], None] | None = None,
     check: Callable[[Model], None] | None = None,
+    filling: Filling = Filling(),
     on_load: Progress | None = None,
     on_compile: Progress | None = None,
 ) -> Session:
@@ -205,6 +214,7 @@ def open_session(
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
+    filling      how errors speak of `positions`.
     on_load      (bytes read, bytes in all); on_compile: (kernels compiled, kernels in all).
 
     Raises the errors of `open_model`, UsageError for options that cannot work, DeviceError and OutOfMemoryError.
@@ -213,6 +223,9 @@ def open_session(
         raise UsageError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
     if cache_dtype != "f16" and backend != "cpu":
         raise UsageError(f"a {cache_dtype} cache: only the backend cpu has it")
+    if device and backend in ("cpu", "host"):
+        why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
+        raise UsageError(f"--device {device}: {why}; leave it out, or take --backend cuda")
     opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, on_load, on_compile)
     # A driver takes a third of a second to start, which the header and the passes can use.
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -220,7 +233,7 @@ def open_session(
         model: Model | None = None
         try:
             began = time.perf_counter()
-            model = open_model_for(path, ctx, positions, admit)
+            model = open_model_for(path, ctx, positions, admit, filling)
             if check is not None:
                 check(model)
             opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
@@ -238,6 +251,7 @@ def open_model_for(
     ctx: int | None = None,
     positions: Positions = None,
     admit: Callable[[GgufFile], None] | None = None,
+    filling: Filling = Filling(),
 ) -> Model:
     """A model file whose caches will hold `positions` (see `open_session`); reads no weights.
 
@@ -252,11 +266,10 @@ def open_model_for(
             return model
         if positions > limit:
             raise UsageError(
-                f"prompt and new tokens fill {positions} positions, the model's context has {limit}; "
-                "shorten the prompt or lower --max-new-tokens"
+                f"{filling.what} fill {positions} positions, the model's context has {limit}; {filling.advice}"
             )
         if ctx is not None:
-            raise UsageError(f"--ctx {ctx}: prompt and new tokens fill {positions} positions; give at least that many")
+            raise UsageError(f"--ctx {ctx}: {filling.what} fill {positions} positions; give at least that many")
         types = {name: TensorType(info.dtype, info.shape) for name, info in model.file.tensors.items()}
         return Model(model.file, model.spec, model.spec.bind(model.file.metadata, types, positions))
     except BaseException:
@@ -269,13 +282,14 @@ def vocabulary_of(model: Model) -> int:
     return int(model.binding.sizes["vocabulary"])
 
 
-def check_ids(ids: Sequence[int], vocabulary: int) -> None:
-    """UsageError for an empty prompt or an id outside the vocabulary."""
+def check_ids(ids: Sequence[int], vocabulary: int, named: str = "") -> None:
+    """UsageError for an empty prompt or an id outside the vocabulary. named: the option that gave the ids."""
+    begin = f"{named}: " if named else ""
     if not ids:
-        raise UsageError("the prompt is empty: give at least one token")
+        raise UsageError(f"{begin}the prompt is empty: give at least one token")
     for token in ids:
         if not 0 <= token < vocabulary:
-            raise UsageError(f"token id {token} is outside the vocabulary; ids are 0 to {vocabulary - 1}")
+            raise UsageError(f"{begin}token id {token} is outside the vocabulary; ids are 0 to {vocabulary - 1}")
 
 
 def _start_driver(device: int) -> Driver:
@@ -343,6 +357,8 @@ class _Opener:
             facts = driver.facts()
             arch = "host" if backend == "host" else arch_of_capability(*facts.capability)
             target = target_for(arch, facts.sm_count)
+            if backend == "host":  # PSIGRAPH_HOST_CAPABILITY below 90 tries out what older GPUs get
+                target = replace(target, programmatic=facts.capability >= (9, 0))
             began = time.perf_counter()
             shapes = self._shapes(backend, facts)
             program = lower(fused, target, shapes)
@@ -422,7 +438,9 @@ def _settled(starting: Future[Driver], may_fail: bool) -> tuple[Driver | None, s
         if may_fail:
             return None, str(error)
         if isinstance(error, UsageError):
-            raise DeviceError(f"{facts.name}: {error}; use --backend cpu") from None
+            from .runtime.driver import OTHER_BACKENDS
+
+            raise DeviceError(f"{facts.name}: {error}; {OTHER_BACKENDS}") from None
         raise
     return driver, ""
 

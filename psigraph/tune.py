@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -65,7 +65,8 @@ def target_of(session: Session) -> Target:
     """The target that a session's program was written for; UsageError where no kernels run."""
     if session.program is None:
         raise UsageError("the backend cpu runs no kernels: there is nothing to tune")
-    return target_for(str(session.program.notes["arch"]), session.program.sm_count)
+    target = target_for(str(session.program.notes["arch"]), session.program.sm_count)
+    return replace(target, programmatic=session.program.programmatic)
 
 
 def tune(session: Session, target: Target, limit_s: float = LIMIT_S, report: Report | None = None) -> Tuned:

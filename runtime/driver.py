@@ -14,8 +14,10 @@ from typing import Any
 
 from ..ir.errors import DeviceError, OutOfMemoryError
 
+# Commands that need kernels say this without the part that is no help there (psigraph/cli/kernels_only.py).
+OTHER_BACKENDS = "use --backend cpu or host"
 ADVICE = {
-    "CUDA_ERROR_NO_DEVICE": "no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --backend cpu",
+    "CUDA_ERROR_NO_DEVICE": f"no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or {OTHER_BACKENDS}",
     "CUDA_ERROR_INVALID_DEVICE": "there is no such GPU; `psigraph doctor` lists them",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver and its library differ in version; reboot or reinstall the driver",
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the kernels were compiled for another GPU; clear the kernel cache",
@@ -50,7 +52,7 @@ class Driver:
             self.call("cuInit", 0)
         except RuntimeError as error:  # the bindings' own word for "no libcuda"
             raise DeviceError(
-                "no NVIDIA driver (libcuda.so.1) on this machine; install it, or use --backend cpu"
+                f"no NVIDIA driver (libcuda.so.1) on this machine; install it, or {OTHER_BACKENDS}"
             ) from error
         count = self.call("cuDeviceGetCount")
         if not 0 <= device < count:

@@ -273,6 +273,7 @@ def _whole_file(path: Path, total: int) -> Iterator[int]:
     """Descriptor of a temporary file that becomes `path` if the block ends well and is gone if it does not."""
     temporary = ""
     try:
+        path = Path(os.path.realpath(path))  # a symlink stays, and what it names is written
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             raise OutputError(f"{path}: is not a regular file; choose another name")
         disk = os.statvfs(path.parent)

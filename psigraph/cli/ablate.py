@@ -9,10 +9,12 @@ import click
 
 from ..json_file import check_writable, write_json_atomically
 from ..policy import Admission
+from .kernels_only import kernels_only
 from .options import MODEL_PATH, admission_options, backend_option
 
 if TYPE_CHECKING:
     from ..ablation import Row
+    from ..session import Session
 
 EPILOG = """\b
 Rows are medians over whole dependent steps; the row with everything on is measured twice, and what the two
@@ -26,9 +28,14 @@ Examples:
 
 @click.command("ablate", epilog=EPILOG)
 @click.argument("model", type=MODEL_PATH)
-@backend_option()
+@backend_option("cuda")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU.")
-@click.option("--ctx", type=click.IntRange(1), metavar="N", help="Positions that the KV cache holds.")
+@click.option(
+    "--ctx",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Positions that the KV cache holds. Default: 4096, more where --depth and --steps need more.",
+)
 @click.option(
     "--depth", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Fill N positions first."
 )
@@ -68,19 +75,25 @@ def command(
                 click.echo(f"psigraph: warning: {warning}", err=True)
                 warned.append(warning)
 
-    click.echo(f"  {'off':32} {'':13} {'step':>10}     {'more than everything on'}")
-    record = ablate(
-        model,
-        backend,
-        depth=depth,
-        steps=steps,
-        report=show,
-        device=device,
-        ctx=ctx,
-        allow_blocked=allow_blocked,
-        expect_sha256=expect_sha256,
-        on_admission=warn,
-    )
+    def begin(session: Session) -> None:
+        # Only now: a refusal leaves stdout empty.
+        click.echo(f"{model.name} on {session.backend}, at depth {depth}")
+        click.echo(f"  {'off':32} {'':13} {'step':>10}     {'more than everything on'}")
+
+    with kernels_only():
+        record = ablate(
+            model,
+            "cuda" if backend == "auto" else backend,
+            depth=depth,
+            steps=steps,
+            report=show,
+            on_start=begin,
+            device=device,
+            ctx=ctx,
+            allow_blocked=allow_blocked,
+            expect_sha256=expect_sha256,
+            on_admission=warn,
+        )
     if json_out is not None:
         write_json_atomically(json_out, record)
         click.echo(f"report: {json_out}")

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..ir.errors import UsageError
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
@@ -104,8 +105,19 @@ def command(
         (check_new_folder if sweep else check_writable)(json_out)
     before = read_json(baseline) if baseline is not None else None
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
-    from ..baseline import compare_reports
+    from ..baseline import check_baseline, check_work, compare_reports
     from ..bench import run_bench, run_sweep
+
+    if before is not None:
+        known = {"prompt_tokens": list(prompt), "max_new_tokens": max_new_tokens, "decode_row": mode, "depth": depth}
+        check_baseline(before)
+        check_work(before, known if backend == "auto" else {**known, "backend": backend})
+
+    def check_size(size: str) -> None:
+        if before is not None:
+            check_work(before, {"model_size": size})
+
+    given = click.get_current_context().get_parameter_source("prompt") is not ParameterSource.DEFAULT
 
     with stages() as bars:
         options: dict[str, Any] = {
@@ -119,6 +131,8 @@ def command(
             "allow_blocked": allow_blocked,
             "expect_sha256": expect_sha256,
             "on_admission": _warn,
+            "on_size": check_size,
+            "prompt_name": "--prompt-token-ids" if given else "--prompt-token-ids (not given, so 151644)",
             "on_hash": bars.bar(f"hashing {model_path.name}", in_bytes=True),
             "on_compile": bars.bar("compiling kernels"),
             "on_load": bars.bar("loading weights", in_bytes=True),
@@ -137,11 +151,12 @@ def command(
         click.echo(summary(reports[0]))
         if profile:
             click.echo(profile_table(reports[0]))
-        if before is not None:
-            click.echo("\n".join(compare_reports(reports[0], before)))
         targets = [json_out]
+    # Before the comparison: whatever that says, what was measured is kept.
     for report, target in zip(reports, targets, strict=True):
         _keep(report, target)
+    if before is not None:
+        click.echo("\n".join(compare_reports(reports[0], before)))
 
 
 def _keep(report: dict[str, Any], target: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,18 @@ class TokenIds(_Ids):
 
 
 TOKEN_IDS = TokenIds()
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds in a range; `nan`, which no comparison refuses, is none."""
+
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return found
 
 
 class Depths(_Ids):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
 
+from ..ir.errors import OutputError
 from ..runtime.synth import QUANTS, SIZES, write_synth
 from .terminal import progress_bar
 
@@ -32,11 +34,14 @@ Example:
 )
 @click.option("--untied", is_flag=True, help="Give the output head a matrix of its own (8b always has one).")
 @click.option("--layers", type=click.IntRange(1, 1024), metavar="N", help="This many layers, not the size's own.")
-def command(out: Path, size: str, quant: str, seed: int, untied: bool, layers: int | None) -> None:
+@click.option("--force", is_flag=True, help="Write over a file that is there already.")
+def command(out: Path, size: str, quant: str, seed: int, untied: bool, layers: int | None, force: bool) -> None:
     """Write OUT, a GGUF file with the exact shapes and block types of a Qwen3 model and random weights.
 
     It costs what the real model costs, so benchmarks need no download. What it says is noise.
     """
+    if not force and os.path.lexists(out):
+        raise OutputError(f"{out}: is there already; name another file, or give --force to write over it")
     with progress_bar(f"writing {out.name}", in_bytes=True) as progress:
         write_synth(out, size, quant, seed, untied=untied, layers=layers, progress=progress)
     click.echo(f"{out}: {out.stat().st_size:,} bytes, {size} {quant}, seed {seed}")

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from ..ir.errors import UsageError
-from .options import MODEL_PATH, backend_option
+from .kernels_only import kernels_only
+from .options import MODEL_PATH, Seconds, backend_option
 from .stages import stages
 
 EPILOG = """\b
@@ -24,17 +25,19 @@ Examples:
 @click.argument("model", type=MODEL_PATH)
 @backend_option("cuda")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU.")
-@click.option("--seconds", type=click.FloatRange(1, 3600), default=60.0, show_default=True, help="When to stop trying.")
+@click.option("--seconds", type=Seconds(1, 3600), default=60.0, show_default=True, help="When to stop trying.")
 @click.option("--dry-run", is_flag=True, help="Measure and print; keep nothing.")
 def command(model: Path, backend: str, device: int, seconds: float, dry_run: bool) -> None:
     """Find the launch shapes that make a step of MODEL fastest on this GPU."""
+    if backend == "auto":
+        backend = "cuda"
     if backend not in ("cuda", "host"):
         raise UsageError(f"--backend {backend}: launch shapes need kernels; take cuda, or host to try the command out")
     from ..session import open_session
     from ..tune import target_of, tune
     from ..tuned import save_tuned
 
-    with stages() as bars:
+    with kernels_only(), stages() as bars:
         session = open_session(
             model,
             backend,

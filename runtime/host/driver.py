@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...ir.errors import DeviceError
 from .compile import HERE, build_library
+from .variables import ORDERS, check_variables
 
 SONAME = "libcuda.so.1"
 LIVE = (
@@ -22,7 +23,6 @@ LIVE = (
     "executable graphs",
     "primary context",
 )
-ORDERS = ("forward", "reverse", "shuffle")
 
 _library: ctypes.CDLL | None = None
 
@@ -71,9 +71,10 @@ def activate(sms: int | None = None, memory_bytes: int | None = None) -> None:
 
     It works because the loader knows a library by its soname: when cuda.bindings asks for libcuda.so.1, it
     finds ours loaded. So this comes before the first driver call of the process; DeviceError if another
-    driver is loaded already, or without g++.
+    driver is loaded already, or without g++; UsageError for a variable of the environment that means nothing.
     """
     global _library
+    check_variables()
     if _library is None:
         found = _loaded_driver()
         path = build()

@@ -62,7 +62,14 @@ def test_the_forced_row_at_a_depth(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
-        (["--prompt-token-ids", "4096"], 2, "ids are 0 to 4095"),
+        (
+            ["--prompt-token-ids", "4096"],
+            2,
+            "ids: token id 4096 is outside the vocabulary; ids are 0 to",
+        ),
+        (["--depth", "2048"], 2, "or lower --max-new-tokens or --depth"),
+        (["--backend", "cpu", "--device", "1"], 2, "--device 1: numpy uses no GPU"),
+        (["--backend", "host", "--device", "1"], 2, "one device, number 0"),
         (["--prompt-token-ids", ""], 2, "prompt is empty"),
         (["--prompt-token-ids", "1,-2"], 2, "'-2' is no token id"),
         (["--max-new-tokens", "0"], 2, "--max-new-tokens"),
@@ -95,6 +102,46 @@ def test_refusals(
     assert len(lines) == 1
     assert named in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_the_default_prompt_is_named_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(BASE) == 2
+    assert "--prompt-token-ids (not given, so 151644): token id 151644 is outside" in capsys.readouterr().err
+
+
+def test_a_baseline_of_other_work_is_refused_before_the_work_and_one_of_the_same_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    given = [*BASE, "--prompt-token-ids", "0", "--repeats", "1"]
+    assert run([*given, "--json-out", str(first)]) == 0
+    assert run([*given, "--json-out", str(second), "--baseline", str(first)]) == 0
+    shown = capsys.readouterr().out
+    assert "a single run has no spread" in shown.partition(str(second))[2]  # written first, then compared
+    record = json.loads(first.read_text())
+    monkeypatch.setattr(numpy_path, "dequantized", lambda *_: pytest.fail("a weight was read"))
+    for other, named in (
+        (["--max-new-tokens", "7"], "max_new_tokens is 6 there and 7 here"),
+        (["--prompt-token-ids", "1"], "prompt_tokens is [0] there and [1] here"),
+        (["--depth", "1"], "depth is 0 there"),
+        (["--mode", "forced"], "decode_row is chained there"),
+        (["--backend", "cuda"], "backend is cpu there and cuda here"),
+    ):
+        assert run([*given, *other, "--baseline", str(first)]) == 2
+        assert named in capsys.readouterr().err
+    first.write_text(json.dumps({**record, "model_size": "1.7b"}))
+    assert run([*given, "--baseline", str(first)]) == 2
+    assert "model_size is 1.7b there and 8.9m here" in capsys.readouterr().err
+    first.write_text("{}")
+    assert run([*given, "--baseline", str(first)]) == 2
+    assert "give a report that psigraph bench wrote" in capsys.readouterr().err
+
+
+def test_the_model_is_never_taken_for_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link.json").symlink_to(Q4)
+    assert run([*BASE, "--json-out", str(tmp_path / "link.json")]) == 10
+    assert "is a model file (GGUF)" in capsys.readouterr().err
+    assert Q4.read_bytes()[:4] == b"GGUF"
 
 
 def test_a_blocked_tier_is_refused_with_the_rule_and_the_override_is_not_enough_for_missing_kernels(

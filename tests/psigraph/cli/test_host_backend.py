@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_model import Q4, reference_greedy
 
+from psigraph.ir.errors import UsageError
 from psigraph.report import read_json, validate_report
+from psigraph.runtime.host.variables import check_variables
 
 
 def psigraph(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +63,49 @@ def test_out_of_memory_says_how_much_and_what_to_lower(monkeypatch: pytest.Monke
     assert done.stdout == ""
     line = done.stderr.splitlines()[-1]
     assert "context of 2048 tokens" in line
-    assert "20 MiB are free; lower --ctx" in line
-    monkeypatch.setenv("PSIGRAPH_HOST_MEMORY", str(80 << 20))  # 64 MiB of it for loading
-    assert psigraph(*given).returncode == 8
+    assert "(20 MiB of GPU memory); lower --ctx" in line
     assert psigraph(*given, "--ctx", "64", "--no-graph").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("SMS", "many", "1 to 999"),
+        ("SMS", "0", "1 to 999"),
+        ("MEMORY", "64G", "bytes"),
+        ("THREADS", "-1", "threads"),
+        ("CAPABILITY", "91", "80, 86"),
+        ("ORDER", "backward", "forward, reverse or shuffle"),
+        ("BUILD", "debug", "fast or step"),
+        ("BUILD", "", "fast or step"),
+        ("FAIL", "7", "NTH:CODE"),
+    ],
+)
+def test_variables_that_mean_nothing_are_named(
+    name: str, value: str, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"PSIGRAPH_HOST_{name}", value)
+    with pytest.raises(UsageError, match=f"PSIGRAPH_HOST_{name}={value}: give .*{named}"):
+        check_variables()
+
+
+def test_sound_variables_pass_and_an_older_capability_gets_plain_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = {"SMS": "132", "MEMORY": "1000000000", "THREADS": "2", "ORDER": "reverse", "BUILD": "fast", "FAIL": "9:2"}
+    for name, value in sound.items():
+        monkeypatch.setenv(f"PSIGRAPH_HOST_{name}", value)
+    check_variables()
+    for name in sound:
+        monkeypatch.setenv(f"PSIGRAPH_HOST_{name}", "fast" if name == "BUILD" else "")
+    check_variables()
+    monkeypatch.setenv("PSIGRAPH_HOST_CAPABILITY", "80")
+    prompt, greedy, _ = reference_greedy(Q4, "one_token")
+    code = f"""
+from psigraph.session import open_session
+with open_session({str(Q4)!r}, "host", ctx=16) as session:
+    session.feed({prompt!r})
+    print(session.facts["capability"], any(launch.programmatic for launch in session.program.launches))
+    print([token for chunk in session.decode(2) for token in chunk])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["8.0 False", str(greedy[:2])]

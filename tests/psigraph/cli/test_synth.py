@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from psigraph.cli import run, synth
 from psigraph.ir.errors import OutputError
+from psigraph.runtime.synth import write_synth
+from psigraph.runtime.synth_vocab import SMALLEST
 
 
 def test_options_reach_the_writer(
@@ -46,6 +49,24 @@ def test_wrong_options(arguments: list[str], named: str, tmp_path: Path, capsys:
     assert named in shown
     assert shown.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_written_over_by_force_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target, link = tmp_path / "m.gguf", tmp_path / "link.gguf"
+    target.write_bytes(b"mine")
+    link.symlink_to(target)
+    given = ["--size", "0.6b", "--quant", "q8_0", "--layers", "1"]
+    for out in (target, link):
+        assert run(["synth", str(out), *given]) == OutputError.exit_code
+        assert "--force" in capsys.readouterr().err
+        assert target.read_bytes() == b"mine"
+    small = partial(write_synth, vocab=SMALLEST)
+    monkeypatch.setattr(synth, "write_synth", small)
+    assert run(["synth", str(link), *given, "--force"]) == 0
+    assert link.is_symlink()
+    assert target.read_bytes()[:4] == b"GGUF"
 
 
 def test_an_unwritable_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
