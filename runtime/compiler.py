@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from ..ir.program import Program
@@ -30,8 +30,7 @@ def compile_program(
     program: Program, arch: str, cache: KernelCache, progress: Progress | None = None
 ) -> dict[str, CompiledKernel]:
     """Every kernel by name. arch: as NVRTC names it, or `host` for the CPU target."""
-    compiler, version = _compiler(arch)
-    done = 0
+    compiler, version, stop = _compiler(arch)
 
     def one(name: str) -> CompiledKernel:
         source = program.source(name)
@@ -49,22 +48,33 @@ def compile_program(
         return CompiledKernel(name, image, resources, cached=False)
 
     compiled: dict[str, CompiledKernel] = {}
+    futures: list[Future[CompiledKernel]] = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for kernel in pool.map(one, [kernel.name for kernel in program.kernels]):
-            compiled[kernel.name] = kernel
-            done += 1
-            if progress:
-                progress(done, len(program.kernels))
+        try:
+            futures.extend(pool.submit(one, kernel.name) for kernel in program.kernels)
+            for future in futures:
+                kernel = future.result()
+                compiled[kernel.name] = kernel
+                if progress:
+                    progress(len(compiled), len(program.kernels))
+        except BaseException:  # Ctrl-C must not wait for compilers, which the pool does
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):
+                stop()  # again: another may have been about to start
+                wait(futures, timeout=0.02)
+            raise
     return compiled
 
 
-def _compiler(arch: str) -> tuple[Callable[[str, str], tuple[bytes, KernelResources]], str]:
+def _compiler(arch: str) -> tuple[Callable[[str, str], tuple[bytes, KernelResources]], str, Callable[[], None]]:
+    """(compile, version, stop what is under way)."""
     if arch == "host":
         from . import host
 
         def compile_for_host(source: str, name: str) -> tuple[bytes, KernelResources]:
             return host.compile_kernel(source, name), KernelResources(0, 0, 0, 0)
 
-        return compile_for_host, host.compiler_version()
+        return compile_for_host, host.compiler_version(), host.stop_compilers
     options = " ".join(nvrtc.OPTIONS)
-    return (lambda source, name: nvrtc.compile_kernel(source, name, arch)), f"nvrtc {nvrtc.nvrtc_version()} {options}"
+    version = f"nvrtc {nvrtc.nvrtc_version()} {options}"  # a kernel takes it a quarter of a second: nothing to stop
+    return lambda source, name: nvrtc.compile_kernel(source, name, arch), version, lambda: None

@@ -47,7 +47,7 @@ class KernelCache:
             whole = record["magic"] == MAGIC and record["key"] == key
             if whole and record["sha256"] == hashlib.sha256(payload).hexdigest():
                 return payload, KernelResources(**record["resources"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
         return None
 
@@ -61,7 +61,7 @@ class KernelCache:
             "sha256": hashlib.sha256(payload).hexdigest(),
             "resources": asdict(resources),
         }
-        temporary = None
+        temporary = ""
         try:
             handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".writing-")
             with os.fdopen(handle, "wb") as file:
@@ -69,11 +69,13 @@ class KernelCache:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self._folder / self._name(key))
+            temporary = ""
         except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             warnings.warn(f"kernel cache {self._folder}: {error.strerror}; running without it", stacklevel=2)
             self._folder = None
+        finally:  # after Ctrl-C too
+            if temporary:
+                Path(temporary).unlink(missing_ok=True)
 
     @staticmethod
     def _name(key: dict[str, str]) -> str:

@@ -4,7 +4,7 @@
 fail, `calls`, `live` and `violations` tell what was done, and `check` watches one kernel (runtime/host/check.py).
 """
 
-from .compile import compile_kernel, compiler_version
+from .compile import compile_kernel, compiler_version, stop_compilers
 from .driver import activate, calls, forget, inject, is_active, live, message, set_order, violations
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "live",
     "message",
     "set_order",
+    "stop_compilers",
     "violations",
 ]

@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -130,23 +131,47 @@ def compiler_version() -> str:
     return f"host-{os.environ.get('PSIGRAPH_HOST_BUILD', 'fast')}-{_fingerprint()[:16]}"
 
 
+_running: set[subprocess.Popen[str]] = set()
+
+
+def stop_compilers() -> None:
+    """End every g++ that this process waits for: after Ctrl-C nobody wants what they make."""
+    for process in tuple(_running):
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)  # g++ and the compiler proper that it started
+
+
 def run_compiler(arguments: list[str], what: str) -> None:
     """Run g++; CompileError with its first error (path shortened) if it refuses."""
     try:
-        done = subprocess.run(
+        # A process group of its own, so that all of it can be stopped.
+        with subprocess.Popen(
             [compiler(), *arguments],
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            check=False,
-            timeout=COMPILE_SECONDS,
-        )
+            process_group=0,
+        ) as done:
+            _running.add(done)
+            try:
+                _, told = done.communicate(timeout=COMPILE_SECONDS)
+            except BaseException:
+                _stop(done)
+                raise
+            finally:
+                _running.discard(done)
     except subprocess.TimeoutExpired as error:
         raise CompileError(f"{what}: g++ did not finish within {COMPILE_SECONDS} s") from error
     except OSError as error:
         raise CompileError(f"{what}: g++ cannot be run ({error.strerror})") from error
     if done.returncode:
-        lines = done.stderr.splitlines()
+        lines = told.splitlines()
         line = next(
             (line for line in lines if " error: " in line), lines[0] if lines else f"exit status {done.returncode}"
         )

@@ -20,6 +20,7 @@ from nano import PROMPT, write_nano
 from psigraph import build, session
 from psigraph.ir.errors import DeviceError, OutOfMemoryError, UsageError
 from psigraph.runtime import compiler, host
+from psigraph.runtime.driver import Driver
 from psigraph.session import Session, open_session
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS, LAUNCH_FAILED, UNKNOWN = 2, 700, 719, 999
@@ -207,6 +208,7 @@ def test_an_engine_that_was_closed_says_so(live: Live, tmp_path: Path) -> None:
         opened.feed(PROMPT)
 
 
-def test_there_is_one_stand_in(tmp_path: Path) -> None:
-    with pytest.raises(DeviceError, match=r"^--device 5: this machine has 1 GPU\(s\), numbered from 0$"):
-        open_session(write_nano(tmp_path), "host", device=5)
+def test_a_number_that_no_device_has() -> None:
+    host.activate()
+    with pytest.raises(DeviceError, match=r"^--device 5: this machine has 1 GPU\(s\), numbered from 0"):
+        Driver(5)
