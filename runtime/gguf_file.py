@@ -183,6 +183,11 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
         _read_header(file)
         _refuse_split_metadata(file)
         _check_ranges(file)
+    except ModelFileError as error:
+        file.close()
+        # One of several files may be at fault: the line names it.
+        error.args = (f"{quoted(str(path))}: {error}",)
+        raise
     except BaseException:
         file.close()
         raise
@@ -209,11 +214,12 @@ def _open_regular(path: Path) -> int:
 
 def _read_header(file: GgufFile) -> None:
     cursor = Cursor(file.fileno(), file.size)
+    begin = os.pread(file.fileno(), len(_MAGIC), 0)
+    if not _MAGIC.startswith(begin):
+        raise ModelFileError(f"not a GGUF file: it starts with {begin!a}", "magic", 0)
     if file.size < _HEADER.size:
-        raise ModelFileError(f"the file has {file.size} bytes, a GGUF header {_HEADER.size}", "header", 0)
-    magic, version, tensor_count, pair_count = _HEADER.unpack(cursor.take(_HEADER.size, "header"))
-    if magic != _MAGIC:
-        raise ModelFileError(f"starts with {magic!a}, not with 'GGUF': not a GGUF file", "magic", 0)
+        raise ModelFileError(f"not a whole GGUF file: it has {file.size} bytes, a header {_HEADER.size}", "header", 0)
+    _, version, tensor_count, pair_count = _HEADER.unpack(cursor.take(_HEADER.size, "header"))
     if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "big"), "little")
         why = "a big-endian file" if swapped in _VERSIONS else f"version {version}"

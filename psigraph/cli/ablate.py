@@ -10,7 +10,7 @@ import click
 from ..json_file import check_writable, write_json_atomically
 from ..policy import Admission
 from .kernels_only import kernels_only
-from .options import MODEL_PATH, admission_options, backend_option
+from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option
 
 if TYPE_CHECKING:
     from ..ablation import Row
@@ -41,7 +41,7 @@ Examples:
 )
 @click.option("--steps", type=click.IntRange(4), default=100, show_default=True, metavar="N", help="Timed steps a row.")
 @admission_options
-@click.option("--json-out", type=click.Path(path_type=Path), metavar="R", help="Write the rows here.")
+@click.option("--json-out", type=FILE_PATH, metavar="R", help="Write the rows here.")
 def command(
     model: Path,
     backend: str,

@@ -13,7 +13,7 @@ from ..ir.errors import UsageError
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
 from ..policy import Admission
 from ..report import validate_report
-from .options import DEPTHS, MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
+from .options import DEPTHS, FILE_PATH, MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
 from .stages import stages
 
 EPILOG = """\b
@@ -67,12 +67,10 @@ Examples:
     metavar="depth=N,N,...",
     help="Measure at several depths in one process; --json-out is then a folder's name, one report in it a depth.",
 )
-@click.option(
-    "--baseline", type=click.Path(path_type=Path), metavar="R", help="Compare with this report of the same work."
-)
+@click.option("--baseline", type=FILE_PATH, metavar="R", help="Compare with this report of the same work.")
 @run_options
 @admission_options
-@click.option("--json-out", type=click.Path(path_type=Path), metavar="R", help="Write the report here.")
+@click.option("--json-out", type=FILE_PATH, metavar="R", help="Write the report here.")
 def command(
     model_path: Path,
     artifact_kind: str,

@@ -9,44 +9,81 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..comparators import Comparator, Job, LlamaBench, LlamaCppPython, LlamaServer, Ollama
 from ..compare import cannot_settle, run_session, settle
 from ..gpu_state import gpu_state
-from ..ir.errors import PolicyRefusal, PsigraphError, UsageError
+from ..ir.errors import DeviceError, ModelFileError, PolicyRefusal, PsigraphError, UsageError
 from ..json_file import check_new_folder, read_json, write_json_atomically
 from ..matrix import build_matrix, read_source
 from ..matrix_view import markdown
-from ..policy import load_policy
+from ..policy import OVERRIDE_OPTION, load_policy
+from .options import FILE_PATH, MODEL_PATH, TOKEN_IDS, Seconds, admission_options
+
+if TYPE_CHECKING:
+    from ..runtime.gguf_file import GgufFile
 
 _IM_START = (151644,)
 
+EPILOG = """\b
+Each engine gets as many turns as --repeats says, psigraph first in every round, so that clocks and heat drift for
+all alike. A tool that cannot run is a row with its reason and costs no exit code.
 
-@click.command(
-    epilog="Example: psigraph compare --model medpsy-1.7b-q4_k_m-imat.gguf --llama-bench ./llama-bench --settle"
-)
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="GGUF file that all of them run.")
-@click.option("--llama-bench", help="Path of llama.cpp's llama-bench.")
-@click.option("--llama-server", help="URL of a llama-server on this machine that serves the file, or its path.")
-@click.option("--ollama", help="URL of Ollama, such as http://127.0.0.1:11434.")
-@click.option("--ollama-model", help="Name of the Ollama model that was created from the file.")
+\b
+Exit code 0 if the session was measured, 1 if --settle is given and the claim stays open, 2 and 3 as everywhere,
+5 if the policy or --expect-sha256 refuses the file, 7 if --backend cuda finds no GPU.
+
+\b
+Examples:
+  psigraph compare --model medpsy-1.7b-q4_k_m-imat.gguf --llama-bench ./llama-bench --settle
+  psigraph compare --model qwen3.gguf --ollama http://127.0.0.1:11434 --ollama-model qwen3 --out-dir session"""
+
+
+@click.command("compare", epilog=EPILOG)
+@click.option("--model", required=True, type=MODEL_PATH, metavar="F", help="GGUF file that all of them run.")
+@click.option("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench.")
+@click.option("--llama-server", metavar="URL|PATH", help="A llama-server on this machine that serves the file.")
+@click.option("--ollama", metavar="URL", help="Ollama, such as http://127.0.0.1:11434.")
+@click.option("--ollama-model", metavar="NAME", help="The Ollama model that was created from the file.")
 @click.option("--llama-cpp-python", is_flag=True, help="Use the llama-cpp-python of --python.")
-@click.option("--python", default=sys.executable, help="Python that has llama-cpp-python.  [default: this one]")
-@click.option("--backend", type=click.Choice(["cuda", "cpu"]), help="[default: cuda where there is a GPU]")
-@click.option("--device", default=0, show_default=True, type=click.IntRange(min=0), help="GPU for psigraph.")
-@click.option("--prompt-token-ids", default="151644", show_default=True, help="Ids, separated by commas.")
-@click.option("--prompt-text", help="The prompt as text for Ollama, which takes no ids.  [default for 151644]")
-@click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(min=1))
-@click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), help="Turns of each.")
-@click.option("--timeout", "timeout_s", default=600.0, show_default=True, help="Seconds for one turn of a tool.")
-@click.option("--expect-sha256", help="Refuse a file with another digest.")
+@click.option(
+    "--python", default=sys.executable, metavar="PATH", help="Python that has llama-cpp-python. Default: this one."
+)
+@click.option("--backend", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU, else cpu.")
+@click.option("--device", default=0, show_default=True, type=click.IntRange(0), help="Which GPU, for psigraph.")
+@click.option(
+    "--prompt-token-ids", "ids", type=TOKEN_IDS, default="151644", show_default=True, help="Prompt, as token ids."
+)
+@click.option(
+    "--prompt-text", metavar="TEXT", help="The prompt for Ollama, which takes no ids. Known for 151644 alone."
+)
+@click.option(
+    "--max-new-tokens", default=512, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens a turn."
+)
+@click.option(
+    "--repeats", default=3, show_default=True, type=click.IntRange(1), metavar="N", help="Turns of each engine."
+)
+@click.option(
+    *("--timeout", "timeout_s"),
+    type=Seconds(1, 86400),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For one turn of a tool.",
+)
+@admission_options
 @click.option("--allow-busy-gpu", is_flag=True, help="Measure although the GPU is in use; such rows claim nothing.")
 @click.option("--settle", "must_settle", is_flag=True, help="Refuse or fail unless this run settles the claim.")
 @click.option(
-    "--out-dir", default="psigraph-compare", show_default=True, type=click.Path(path_type=Path), help="For reports."
+    *("--out-dir",),
+    type=FILE_PATH,
+    default="psigraph-compare",
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the reports and the matrix; made if it is missing.",
 )
 def command(
     model: Path,
@@ -58,11 +95,12 @@ def command(
     python: str,
     backend: str | None,
     device: int,
-    prompt_token_ids: str,
+    ids: tuple[int, ...],
     prompt_text: str | None,
     max_new_tokens: int,
     repeats: int,
     timeout_s: float,
+    allow_blocked: bool,
     expect_sha256: str | None,
     allow_busy_gpu: bool,
     must_settle: bool,
@@ -85,15 +123,19 @@ def command(
         tools.append(LlamaCppPython(python))
     if not tools:
         raise UsageError("nothing to compare with: give --llama-bench, --llama-server, --ollama or --llama-cpp-python")
-    ids = _ids(prompt_token_ids)
     if ollama and prompt_text is None and ids != _IM_START:
         raise UsageError("--prompt-text: Ollama takes text, give the prompt's")
     check_new_folder(out_dir)
+    check_header(model, ids, max_new_tokens, allow_blocked)
+    if backend == "cpu" and device:
+        raise UsageError(f"--device {device}: the backend cpu uses no GPU; leave it out")
+    state = gpu_state(device)
+    chosen = backend or ("cuda" if state.gpu else "cpu")
+    if chosen == "cuda" and not state.gpu:
+        raise DeviceError(f"--backend cuda: nvidia-smi knows no GPU {device} on this machine; use --backend cpu")
     sha256 = _sha256(model)
     if expect_sha256 is not None and expect_sha256.lower() != sha256:
         raise PolicyRefusal(f"--expect-sha256 {expect_sha256}: the file's digest is {sha256}")
-    state = gpu_state(device)
-    chosen = backend or ("cuda" if state.gpu else "cpu")
     policy = load_policy()
     if must_settle and (obstacle := cannot_settle(sha256, state, policy)):
         raise UsageError(f"--settle: {obstacle}")
@@ -103,7 +145,7 @@ def command(
     job = Job(model, sha256, ids, prompt_text or "<|im_start|>", max_new_tokens, chosen, timeout_s)
 
     def bench(path: str, prompt: Sequence[int], tokens: int, engine: str) -> Mapping[str, Any]:
-        return bench_in_a_process(path, prompt, tokens, engine, device)
+        return bench_in_a_process(path, prompt, tokens, engine, device, allow_blocked)
 
     session = run_session(job, tools, bench, state, repeats=repeats, say=lambda line: click.echo(line, err=True))
     out_dir.mkdir(exist_ok=True)
@@ -122,7 +164,12 @@ def command(
 
 
 def bench_in_a_process(
-    model: str, prompt_ids: Sequence[int], max_new_tokens: int, backend: str, device: int = 0
+    model: str,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    backend: str,
+    device: int = 0,
+    allow_blocked: bool = False,
 ) -> Mapping[str, Any]:
     """One warm run by `psigraph bench` in a process of its own: the GPU is free again for the next tool's turn."""
     with tempfile.TemporaryDirectory() as folder:
@@ -132,6 +179,7 @@ def bench_in_a_process(
             *("--prompt-token-ids", ",".join(map(str, prompt_ids)), "--max-new-tokens", str(max_new_tokens)),
             *("--repeats", "1", "--json-out", str(out)),
             *(("--device", str(device)) if backend == "cuda" else ()),
+            *((OVERRIDE_OPTION,) if allow_blocked else ()),
         ]
         done = subprocess.run(
             [sys.executable, "-m", __package__.partition(".")[0], *arguments],
@@ -147,18 +195,24 @@ def bench_in_a_process(
         return read_json(out)
 
 
-def _ids(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--prompt-token-ids {text}: give ids separated by commas, such as 151644") from None
+def check_header(model: Path, ids: tuple[int, ...], max_new_tokens: int, allow_blocked: bool) -> None:
+    """What the first turn would refuse, asked before the file is hashed: the file, its tier, the ids, the context.
+
+    Raises the errors of `build.open_model` and `artifact.admit_file`, and UsageError for ids or tokens that do not fit.
+    """
+    from ..artifact import admit_file
+    from ..session import check_ids, open_model_for, vocabulary_of
+
+    def admit(file: GgufFile) -> None:
+        admit_file(file, allow_blocked=allow_blocked, with_digest=False)
+
+    with open_model_for(model, None, len(ids) + max_new_tokens - 1, admit) as opened:
+        check_ids(ids, vocabulary_of(opened), "--prompt-token-ids")
 
 
 def _sha256(model: Path) -> str:
-    if not model.is_file():
-        raise UsageError(f"--model {model}: no such file")
     try:
         with model.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise UsageError(f"--model {model}: cannot be read: {error.strerror}") from None
+        raise ModelFileError(f"cannot be read: {error.strerror}", str(model)) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..ir.errors import UsageError
-from .options import MODEL_PATH, disable_option
+from .options import FILE_PATH, MODEL_PATH, disable_option
 from .stages import stages
 from .tables import kernel_table, pass_table, step_line
 
@@ -33,7 +33,7 @@ Examples:
     metavar="ARCH",
     help="GPU architecture, such as sm_89; repeatable. Default: this machine's GPU, sm_90a without one.",
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Write everything to this folder.")
+@click.option("--out", type=FILE_PATH, metavar="DIR", help="Write everything to this folder.")
 @click.option("--ctx", type=click.IntRange(1), metavar="N", help="Positions that the KV cache holds. Default: 4096.")
 @disable_option
 def command(

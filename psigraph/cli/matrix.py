@@ -11,6 +11,7 @@ from ..ir.errors import UsageError
 from ..json_file import read_json, write_json_atomically, write_text_atomically
 from ..matrix import build_matrix, problems_of, read_source, validate_matrix
 from ..matrix_view import markdown, replace_block, svg
+from .options import FILE_PATH
 
 MATRIX = "fixtures/medpsy/benchmarks/medpsy_comparator_matrix_20260511_local.json"
 REPORTS = "fixtures/medpsy/benchmarks"
@@ -19,15 +20,11 @@ REPORTS = "fixtures/medpsy/benchmarks"
 @click.command(
     epilog="Example: psigraph matrix --into docs/MEDPSY_BENCHMARK.md --svg docs/images/medpsy_matrix.svg",
 )
-@click.argument("reports", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--out", default=MATRIX, show_default=True, type=click.Path(path_type=Path), help="Matrix to write, JSON."
-)
-@click.option("--svg", "chart", type=click.Path(path_type=Path), help="Chart to write.")
-@click.option(
-    "--into", multiple=True, type=click.Path(path_type=Path), help="Document whose marked block gets the tables."
-)
-@click.option("--root", default=".", type=click.Path(path_type=Path), help="Folder that the rows' references start at.")
+@click.argument("reports", nargs=-1, type=FILE_PATH)
+@click.option("--out", default=MATRIX, show_default=True, type=FILE_PATH, help="Matrix to write, JSON.")
+@click.option("--svg", "chart", type=FILE_PATH, help="Chart to write.")
+@click.option("--into", multiple=True, type=FILE_PATH, help="Document whose marked block gets the tables.")
+@click.option("--root", default=".", type=FILE_PATH, help="Folder that the rows' references start at.")
 @click.option("--host", default="", help="Name of this machine in the matrix.  [default: its own]")
 @click.option("--check", is_flag=True, help="Write nothing: check the matrix at --out against its reports.")
 def command(

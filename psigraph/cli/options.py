@@ -74,8 +74,23 @@ class Depths(_Ids):
 
 
 DEPTHS = Depths()
+
+
+class NamedPath(click.Path):
+    """A path; an empty one, which Python takes for the folder it is in, is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the name is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 # Existence is not asked here: the reader of model files has the better words for what is wrong with one.
-MODEL_PATH = click.Path(path_type=Path)
+MODEL_PATH = NamedPath()
+FILE_PATH = NamedPath()
 
 
 def backend_option(default: str | None = "auto") -> Callable[[Command], Command]:

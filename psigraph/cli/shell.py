@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 import traceback
@@ -16,6 +18,8 @@ from click.shell_completion import shell_complete
 from ..ir.errors import OutOfMemoryError, PsigraphError
 from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTEM
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def run(arguments: Sequence[str]) -> int:
     """Runs `psigraph ARGUMENTS` and returns its exit code; messages go to stderr.
@@ -25,6 +29,9 @@ def run(arguments: Sequence[str]) -> int:
     from . import main  # the package imports this module, so it is looked up late
 
     warnings.showwarning = _show_warning
+    # A file's name may hold bytes that no encoding of stdout has; it is shown with escapes then.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _invoke(main, list(arguments))
         # Here and not at interpreter exit, where a reader that went away could no longer be answered quietly.
@@ -58,7 +65,12 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.strerror is None:
             return _defect(error)
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, SYSTEM)
+        where = error.filename
+        if where is None and error.errno in _FULL:
+            # What a command writes to files has their names in its errors.
+            where = "stdout"
+            _silence_stdout()
+        return _fail(f"{where}: {error.strerror}" if where else error.strerror, SYSTEM)
     except Exception as error:
         return _defect(error)
 

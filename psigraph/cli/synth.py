@@ -9,6 +9,7 @@ import click
 
 from ..ir.errors import OutputError
 from ..runtime.synth import QUANTS, SIZES, write_synth
+from .options import FILE_PATH
 from .terminal import progress_bar
 
 EPILOG = """\b
@@ -17,7 +18,7 @@ Example:
 
 
 @click.command("synth", epilog=EPILOG)
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("out", type=FILE_PATH)
 @click.option("--size", required=True, type=click.Choice(list(SIZES), case_sensitive=False), help="Qwen3 model size.")
 @click.option(
     "--quant",

@@ -14,7 +14,8 @@ def write_pieces(pieces: Iterable[str]) -> None:
     try:
         for piece in showable(pieces):
             click.echo(piece, nl=False)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed before the program began: nobody reads
+                sys.stdout.flush()
             begun = True
         begun = True  # an answer of no characters is a line too
     finally:

@@ -10,13 +10,15 @@ import threading
 import pytest
 from bench_reports import REAL_SHA256, a_report
 from click.testing import CliRunner
+from tiny_model import Q4
 
 from psigraph.cli import compare as compare_command
+from psigraph.cli import run
 from psigraph.comparator_report import validate_comparator_report
 from psigraph.comparators import Job, LlamaBench, LlamaCppPython, LlamaServer, NotRun, Ollama
 from psigraph.compare import Session, cannot_settle, run_session, settle
 from psigraph.gpu_state import GpuState, gpu_state
-from psigraph.ir.errors import PolicyRefusal, PsigraphError, UsageError
+from psigraph.ir.errors import OutputError, PolicyRefusal, PsigraphError, UsageError
 from psigraph.json_file import read_json
 from psigraph.matrix import validate_matrix
 from psigraph.policy import load_policy
@@ -277,6 +279,7 @@ def test_gpu_state_reads_nvidia_smi(tmp_path):
 def prepared(tmp_path, job, monkeypatch):
     llama_bench(tmp_path)
     monkeypatch.setattr(compare_command, "gpu_state", lambda _device: IDLE)
+    monkeypatch.setattr(compare_command, "check_header", lambda *_: None)  # the file is none
     bench = bench_of(job)
     monkeypatch.setattr(compare_command, "bench_in_a_process", lambda *arguments: bench(*arguments[:4]))
     return ["--model", str(job.model), "--max-new-tokens", "512", "--out-dir", str(tmp_path / "out")]
@@ -299,8 +302,8 @@ def test_command_writes_reports_and_a_matrix(tmp_path, prepared):
         (["--ollama", "http://127.0.0.1:1"], UsageError, "give both"),
         (["--llama-bench", "x", "--settle"], UsageError, "not the real artifact"),
         (["--llama-bench", "x", "--expect-sha256", "0" * 64], PolicyRefusal, "digest is"),
-        (["--llama-bench", "x", "--prompt-token-ids", "a"], UsageError, "separated by commas"),
-        (["--llama-bench", "x", "--model", "absent.gguf"], UsageError, "no such file"),
+        (["--llama-bench", "x", "--backend", "cpu", "--device", "1"], UsageError, "uses no GPU"),
+        (["--llama-bench", "x", "--out-dir", "absent/new"], OutputError, "absent: there is no such folder"),
         (["--ollama", "u", "--ollama-model", "m", "--prompt-token-ids", "1,2"], UsageError, "--prompt-text"),
     ],
 )
@@ -308,6 +311,28 @@ def test_command_refuses_before_it_measures(prepared, arguments, error, message)
     result = CliRunner().invoke(compare_command.command, [*prepared, *arguments])
     assert isinstance(result.exception, error)
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"),
+    [
+        (["--prompt-token-ids", "a"], 2, "separated by commas"),
+        (["--prompt-token-ids", "4096"], 2, "--prompt-token-ids: token id 4096"),
+        (["--prompt-token-ids", "0", "--max-new-tokens", "4096"], 2, "context has 2048"),
+        (["--prompt-token-ids", "0", "--timeout", "nan"], 2, "--timeout"),
+        (["--prompt-token-ids", "0", "--timeout", "0"], 2, "--timeout"),
+        (["--prompt-token-ids", "0", "--backend", "cuda"], 7, "nvidia-smi knows no GPU 0"),
+        (["--model", "absent.gguf"], 3, "no such file"),
+        (["--model", "."], 3, "not a regular file"),
+    ],
+)
+def test_command_refuses_before_it_hashes(tmp_path, monkeypatch, capsys, arguments, code, named):
+    monkeypatch.setattr(compare_command, "gpu_state", lambda _device: GpuState())
+    monkeypatch.setattr(compare_command, "_sha256", lambda _: pytest.fail("the file was hashed"))
+    given = ["compare", "--model", str(Q4), "--llama-bench", "x", "--out-dir", str(tmp_path / "out")]
+    assert run([*given, *arguments]) == code
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_refuses_a_busy_gpu(prepared, monkeypatch):

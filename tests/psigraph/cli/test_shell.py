@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,88 @@ def test_shell_completion(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert printable("tensor \x1b[2J\x07 é\n ^^") == "tensor \\x1b[2J\\x07 é\n ^^"
     assert printable("\udcff") == "\\udcff"
+
+
+@pytest.mark.parametrize("command", ["compile", "inspect", "generate", "bench", "compare", "ablate"])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "no such file"),
+        (b"%PDF-1.7 and so on", "not a GGUF file: it starts"),
+        (b"", "not a whole GGUF file"),
+    ],
+)
+def test_what_is_no_model_is_named_alike_everywhere(
+    command: str, content: bytes | None, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "m.gguf"
+    if content is not None:
+        model.write_bytes(content)
+    given = {
+        "generate": [str(model), "--prompt", "a", "--backend", "cpu"],
+        "bench": ["--model-path", str(model), "--backend", "cpu"],
+        "compare": ["--model", str(model), "--llama-bench", "x", "--out-dir", str(tmp_path / "out")],
+        "ablate": [str(model), "--backend", "host"],
+    }
+    assert run([command, *given.get(command, [str(model)])]) == errors.ModelFileError.exit_code
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert "m.gguf" in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_said_once() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "psigraph", "--help"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 74
+    assert done.stderr == b"psigraph: stdout: No space left on device\n"
+
+
+def test_a_closed_stdout_is_no_defect() -> None:
+    model = Path(__file__).parents[3] / "fixtures" / "tiny" / "tiny-qwen3-q4_k_m.gguf"
+    generate = ["generate", str(model), "--backend", "cpu", "--prompt-token-ids", "0", "--max-new-tokens", "2"]
+    for arguments in (["--version"], generate):
+        line = " ".join(map(shlex.quote, [sys.executable, "-m", "psigraph", *arguments]))
+        done = subprocess.run(["sh", "-c", f"exec {line} >&-"], stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "defect" not in done.stderr
+
+
+def test_names_that_are_not_utf_8_are_shown(tmp_path: Path) -> None:
+    name = os.path.join(os.fsencode(tmp_path), b"absent-\xff.gguf")
+    done = subprocess.run([sys.executable, "-m", "psigraph", "inspect", name], capture_output=True)
+    assert done.returncode == 3
+    assert b"absent-" in done.stderr
+    code = """
+import click, psigraph.cli
+psigraph.cli.main.get_command = lambda *_: click.Command("x", callback=lambda: click.echo("report: \\udcff"))
+raise SystemExit(psigraph.cli.run(["doctor"]))
+"""
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=strict, check=False)
+    assert (done.returncode, done.stdout) == (0, b"report: \\udcff\n")
+
+
+def test_an_empty_path_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["bench", "--model-path", ""], ["compile", ""], ["matrix", "--out", ""], ["synth", ""]):
+        assert run(arguments) == 2
+        assert "the name is empty" in capsys.readouterr().err
+
+
+def test_ctrl_c_during_the_imports_is_quiet() -> None:
+    code = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from psigraph.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_python_dash_m() -> None:
