@@ -44,7 +44,8 @@ def model_size(model: Model) -> str:
         count = parameter_count(model)
         return f"{count / 1e9:.1f}b" if count >= 1e9 else f"{count / 1e6:.1f}m"
     layers = next(row["layers"] for row in load_policy().data["sizes"] if row["label"] == label)
-    return label if layers == model.binding.layers else f"{label} with {model.binding.layers} layers"
+    found = model.binding.layers
+    return label if layers == found else f"{label} with {found} layer{'s' if found != 1 else ''}"
 
 
 def check_model_size(model: Model, asked: str | None) -> str:

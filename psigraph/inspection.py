@@ -14,7 +14,7 @@ from .build import Model, open_model
 from .codegen.lower import lower
 from .codegen.target import Target
 from .compilation import PROGRAM_FILE, Built, Source, default_target, program_record, stages_of
-from .ir.errors import UsageError
+from .ir.errors import ModelFileError, UsageError
 from .ir.graph import Graph, layer_of
 from .ir.text import parse_graph, print_graph
 from .json_file import read_json
@@ -135,7 +135,7 @@ def _model_facts(model: Model) -> dict[str, str]:
 
 def _folder(path: Path) -> Inspected:
     if not (path / PROGRAM_FILE).is_file():
-        raise UsageError(f"{path}: is neither a model file nor a folder that psigraph compile wrote")
+        raise ModelFileError("is neither a model file nor a folder that psigraph compile wrote", str(path))
     record = read_json(path / PROGRAM_FILE)
     try:
         files = sorted(

@@ -35,6 +35,8 @@ class Source:
 def read_source(path: Path, root: Path) -> Source:
     """The report at `path`, named relative to `root`. UsageError for what is no report that agrees with itself."""
     content = read_json(path)
+    if str(path).encode("utf-8", "replace").decode() != str(path):
+        raise UsageError(f"{path}: the name is not UTF-8, so no matrix can refer to it; rename the file")
     problems = problems_of(content)
     if problems:
         raise UsageError(f"{path}: {problems[0]}")

@@ -54,6 +54,11 @@ def markdown(matrix: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plain(tables: str) -> str:
+    """The same for a terminal: without the asterisks that make a browser write in bold."""
+    return tables.replace("**", "")
+
+
 def replace_block(text: str, body: str, name: str = "the document") -> str:
     """`text` with `body` between its two markers. UsageError where they are not there exactly once, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):

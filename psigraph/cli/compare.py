@@ -19,7 +19,7 @@ from ..gpu_state import gpu_state
 from ..ir.errors import DeviceError, ModelFileError, PolicyRefusal, PsigraphError, UsageError
 from ..json_file import check_new_folder, read_json, write_json_atomically
 from ..matrix import build_matrix, read_source
-from ..matrix_view import markdown
+from ..matrix_view import markdown, plain
 from ..policy import OVERRIDE_OPTION, load_policy
 from .options import FILE_PATH, MODEL_PATH, TOKEN_IDS, Seconds, admission_options
 
@@ -67,7 +67,8 @@ Examples:
     "--repeats", default=3, show_default=True, type=click.IntRange(1), metavar="N", help="Turns of each engine."
 )
 @click.option(
-    *("--timeout", "timeout_s"),
+    "--timeout",
+    "timeout_s",
     type=Seconds(1, 86400),
     default=600.0,
     show_default=True,
@@ -78,7 +79,7 @@ Examples:
 @click.option("--allow-busy-gpu", is_flag=True, help="Measure although the GPU is in use; such rows claim nothing.")
 @click.option("--settle", "must_settle", is_flag=True, help="Refuse or fail unless this run settles the claim.")
 @click.option(
-    *("--out-dir",),
+    "--out-dir",
     type=FILE_PATH,
     default="psigraph-compare",
     show_default=True,
@@ -156,7 +157,7 @@ def command(
         sources.append(read_source(path, out_dir))
     matrix = build_matrix(sources, host=str(session.ours["environment"].get("host", "")))
     write_json_atomically(out_dir / "matrix.json", matrix)
-    click.echo(markdown(matrix), nl=False)
+    click.echo(plain(markdown(matrix)), nl=False)
     settled, verdict = settle(matrix["decision"], session, policy)
     click.echo(verdict)
     if must_settle and not settled:

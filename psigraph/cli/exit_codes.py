@@ -15,7 +15,7 @@ EXIT_CODES = {
     0: "done",
     1: "failed for a reason that has no code of its own",
     2: "options or arguments that cannot work as given",
-    3: "the model file is truncated, hostile or inconsistent",
+    3: "the model file is absent, truncated, hostile or inconsistent",
     4: "the model file is sound, but psigraph has no spec or kernels for it",
     5: "a policy forbids this artifact or this request",
     6: "a model spec (YAML) or IR text is wrong",

@@ -127,7 +127,7 @@ def command(
 
             def check(opened: Model) -> None:
                 if ids is not None:
-                    check_ids(ids, vocabulary_of(opened))
+                    check_ids(ids, vocabulary_of(opened), "--prompt-token-ids")
                 request.check(admitted[0])
 
             session = open_session(

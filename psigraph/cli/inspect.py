@@ -59,7 +59,8 @@ def command(
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)}: give one of them")
     if form == "dot" and (diff or kernel or stage == "program"):
-        raise UsageError(f"--format dot: only graphs have it: --stage model, --stage fused or --after, not {named[0]}")
+        given = "--stage program" if stage else named[0]
+        raise UsageError(f"{given} has no --format dot, only graphs do: take --stage model, --stage fused or --after")
     if form == "json" and diff:
         raise UsageError("--format json: a diff is text; leave --format out")
     if arch is not None and model.is_dir():

@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from ..ir.errors import UsageError
-from ..json_file import read_json, write_json_atomically, write_text_atomically
+from ..json_file import check_writable, read_json, write_json_atomically, write_text_atomically
 from ..matrix import build_matrix, problems_of, read_source, validate_matrix
-from ..matrix_view import markdown, replace_block, svg
+from ..matrix_view import markdown, plain, replace_block, svg
 from .options import FILE_PATH
 
 MATRIX = "fixtures/medpsy/benchmarks/medpsy_comparator_matrix_20260511_local.json"
 REPORTS = "fixtures/medpsy/benchmarks"
 
 
-@click.command(
-    epilog="Example: psigraph matrix --into docs/MEDPSY_BENCHMARK.md --svg docs/images/medpsy_matrix.svg",
+EPILOG = """\b
+A document takes its tables between the lines <!-- psigraph matrix: begin --> and <!-- psigraph matrix: end -->.
+Everything is computed from the reports: nothing that is typed into a matrix survives --check.
+
+\b
+Exit code 0 if the matrix was written, or agrees with its reports; 2 if a report, a document or the matrix under
+--check does not agree with itself; 10 if something cannot be written.
+
+\b
+Examples:
+  psigraph matrix --into docs/MEDPSY_BENCHMARK.md --svg docs/images/medpsy_matrix.svg
+  psigraph matrix psigraph-compare/psigraph_1a2b3c4d.json --root psigraph-compare --out matrix.json
+  psigraph matrix --check"""
+
+
+@click.command("matrix", epilog=EPILOG)
+@click.argument("reports", nargs=-1, type=FILE_PATH, metavar="[REPORTS]...")
+@click.option(
+    "--out",
+    type=FILE_PATH,
+    metavar="FILE",
+    help="Matrix to write, JSON. Default: this project's own, fixtures/medpsy/benchmarks/*_local.json under --root.",
 )
-@click.argument("reports", nargs=-1, type=FILE_PATH)
-@click.option("--out", default=MATRIX, show_default=True, type=FILE_PATH, help="Matrix to write, JSON.")
-@click.option("--svg", "chart", type=FILE_PATH, help="Chart to write.")
-@click.option("--into", multiple=True, type=FILE_PATH, help="Document whose marked block gets the tables.")
-@click.option("--root", default=".", type=FILE_PATH, help="Folder that the rows' references start at.")
-@click.option("--host", default="", help="Name of this machine in the matrix.  [default: its own]")
+@click.option("--svg", "chart", type=FILE_PATH, metavar="FILE", help="Chart to write.")
+@click.option(
+    "--into", multiple=True, type=FILE_PATH, metavar="FILE", help="Document that gets the tables; repeatable."
+)
+@click.option(
+    "--root",
+    default=".",
+    show_default=True,
+    type=FILE_PATH,
+    metavar="DIR",
+    help="Folder that the rows' references start at.",
+)
+@click.option("--host", default="", metavar="NAME", help="Name of this machine in the matrix. Default: its own.")
 @click.option("--check", is_flag=True, help="Write nothing: check the matrix at --out against its reports.")
 def command(
     reports: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
     chart: Path | None,
     into: tuple[Path, ...],
     root: Path,
@@ -40,6 +68,12 @@ def command(
 
     Without REPORTS, every report under fixtures/medpsy/benchmarks is taken.
     """
+    if out is None:
+        out = root / MATRIX
+        if not out.parent.is_dir():
+            raise UsageError(
+                f"--out: there is no folder {out.parent}; give --out, or --root with a checkout of psigraph"
+            )
     if check:
         problems = validate_matrix(read_json(out), root)
         if problems:
@@ -49,14 +83,26 @@ def command(
     paths = reports or tuple(_reports_under(root / REPORTS, out))
     matrix = build_matrix([read_source(path, root) for path in paths], host=host or platform.node())
     tables = markdown(matrix)
+    _check_targets([out, *([chart] if chart is not None else []), *into], paths)
     documents = {path: replace_block(_text_of(path), tables, str(path)) for path in into}
     write_json_atomically(out, matrix)
     if chart is not None:
         write_text_atomically(chart, svg(matrix))
     for path, text in documents.items():
         write_text_atomically(path, text)
-    click.echo(tables, nl=False)
+    click.echo(plain(tables), nl=False)
     click.echo(f"written: {', '.join(str(path) for path in (out, chart, *into) if path is not None)}", err=True)
+
+
+def _check_targets(targets: Sequence[Path], reports: Sequence[Path]) -> None:
+    """All of them can be written, no two are one file and none is a report: before the first is touched."""
+    seen: dict[Path, str] = {path.resolve(): "is one of the REPORTS" for path in reports}
+    for target in targets:
+        found = seen.setdefault(target.resolve(), "")
+        if found:
+            raise UsageError(f"{target}: {found}; write somewhere else")
+        seen[target.resolve()] = "is given twice"
+        check_writable(target)
 
 
 def _reports_under(folder: Path, matrix: Path) -> list[Path]:
@@ -75,4 +121,5 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"--into {path}: cannot be read: {reason}") from None

@@ -20,6 +20,8 @@ from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTE
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_shown_warnings: set[str] = set()  # one cause, such as a cache that cannot be written, may be met in several places
+
 
 def run(arguments: Sequence[str]) -> int:
     """Runs `psigraph ARGUMENTS` and returns its exit code; messages go to stderr.
@@ -29,6 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     from . import main  # the package imports this module, so it is looked up late
 
     warnings.showwarning = _show_warning
+    _shown_warnings.clear()
     # A file's name may hold bytes that no encoding of stdout has; it is shown with escapes then.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -127,7 +130,8 @@ def _show_warning(
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)
     stream = file or sys.stderr
-    if stream is not None:
+    if stream is not None and text not in _shown_warnings:
+        _shown_warnings.add(text)
         stream.write(text)
 
 

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import os
 
 import pytest
 from bench_reports import REAL_SHA256, SYNTH_SHA256, a_comparator, a_report
 from click.testing import CliRunner
 
+from psigraph.cli import run
 from psigraph.cli.matrix import command
 from psigraph.comparator_report import validate_comparator_report
 from psigraph.ir.errors import UsageError
@@ -248,3 +250,34 @@ def test_a_broken_report_is_not_merged(tmp_path):
     report["mean_total_ms"] = 1.0
     with pytest.raises(UsageError, match="mean_total_ms"):
         matrix_of(tmp_path, report)
+
+
+def test_command_touches_nothing_unless_everything_can_be_written(tmp_path, monkeypatch, capsys):
+    report = tmp_path / "ours.json"
+    write_json_atomically(report, ours())
+    doc = tmp_path / "doc.md"
+    doc.write_text(f"{BEGIN}\n{END}\n")
+    os.mkfifo(tmp_path / "pipe")
+    before = {path.name: path.read_bytes() for path in (report, doc)}
+    out = str(tmp_path / "matrix.json")
+    for arguments, code, named in (
+        (["--out", str(report)], 2, "is one of the REPORTS"),
+        (["--out", out, "--svg", out], 2, "is given twice"),
+        (["--out", out, "--svg", str(tmp_path / "pipe")], 10, "is no regular file"),
+        (["--out", out, "--svg", str(tmp_path / "absent" / "x.svg")], 10, "there is no such folder"),
+        (["--out", out, "--into", str(tmp_path / "absent.md")], 2, "absent.md: cannot be read: No such file"),
+        (["--root", str(tmp_path)], 2, "give --out, or --root with a checkout"),
+    ):
+        assert run(["matrix", str(report), *arguments]) == code, arguments
+        assert named in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    assert run(["matrix", str(report), "--root", str(tmp_path), "--out", out, "--into", str(doc)]) == 0
+    assert "**" not in capsys.readouterr().out
+    assert "**" in doc.read_text()
+
+
+def test_a_report_whose_name_no_matrix_can_hold(tmp_path):
+    path = tmp_path / os.fsdecode(b"report-\xff.json")
+    write_json_atomically(path, ours())
+    with pytest.raises(UsageError, match="not UTF-8"):
+        read_source(path, tmp_path)

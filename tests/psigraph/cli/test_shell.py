@@ -156,6 +156,24 @@ def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stderr == "psigraph: warning: no cache\n"
 
 
+def test_a_warning_from_several_places_is_shown_once() -> None:
+    code = """
+import warnings, psigraph.cli as c
+c.run(['--version'])
+warnings.warn('no cache')
+warnings.warn('no cache')
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "psigraph: warning: no cache\n"
+
+
+def test_inspect_says_what_it_was_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(tmp_path)]) == errors.ModelFileError.exit_code
+    assert "is neither a model file nor a folder" in capsys.readouterr().err
+    assert run(["inspect", str(tmp_path), "--stage", "program", "--format", "dot"]) == 2
+    assert "--stage program has no --format dot, only graphs do" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
