@@ -55,8 +55,8 @@ DEVICE float silu(float x) { return divide(x, 1.0f + exp2_fast(-1.44269504088896
 // ---------------------------------------------------------------------------------------------------------
 // Order between kernels: programmatic launch (sm_90 and later; elsewhere plain edges order the step).
 // The trigger only lets the next kernel start; the wait gives completion and visibility of the one before.
-// Rules (docs/performance.md): every kernel waits, nothing global is written before the wait, and memory
-// that a kernel of the step writes is read with `fresh`, never through the non-coherent path.
+// Rules (docs/layout.md, "Rules that kernels keep"): every kernel waits, nothing global is written before the wait, and
+// memory that a kernel of the step writes is read with `fresh`, never through the non-coherent path.
 // ---------------------------------------------------------------------------------------------------------
 
 #ifdef PSIGRAPH_HOST

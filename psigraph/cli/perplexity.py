@@ -10,7 +10,7 @@ import click
 
 from ..ir.errors import UsageError
 from ..json_file import check_writable, write_json_atomically
-from .options import MODEL_PATH, admission_options, backend_option, run_options
+from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option, run_options
 from .stages import stages
 from .texts import read_text
 
@@ -33,7 +33,7 @@ Examples:
   psigraph perplexity model-q4_k_m.gguf --text book.txt --against q8.json
   psigraph perplexity tiny-qwen3-q4_k_m.gguf --against reference_logits.npz"""
 
-FILE = click.Path(path_type=Path)
+FILE = FILE_PATH
 
 
 @click.command("perplexity", epilog=EPILOG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from tiny_model import Q4, reference_greedy
 from psigraph.ir.errors import UsageError
 from psigraph.report import read_json, validate_report
 from psigraph.runtime.host.variables import check_variables
+
+SOURCES = (".py", ".h", ".cpp")
 
 
 def psigraph(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -109,3 +112,14 @@ with open_session({str(Q4)!r}, "host", ctx=16) as session:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["8.0 False", str(greedy[:2])]
+
+
+def test_every_variable_is_documented() -> None:
+    root = Path(__file__).parents[3]
+    read = re.compile(r"""(?:environ|getenv|from_environment|_RULES)\b[^\n]*?["'](_?PSIGRAPH_[A-Z_]+)["']""")
+    folders = ("psigraph", "runtime", "codegen", "ir", "passes")
+    texts = [path.read_text() for folder in folders for path in (root / folder).rglob("*.*") if path.suffix in SOURCES]
+    names = {name for text in texts for name in read.findall(text)}
+    documented = (root / "docs" / "debugging.md").read_text()
+    assert {"PSIGRAPH_DEBUG", "PSIGRAPH_HOST_SMS", "PSIGRAPH_CACHE_DIR"} <= names
+    assert not {name for name in names if f"`{name}`" not in documented}
