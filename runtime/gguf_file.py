@@ -186,7 +186,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     except ModelFileError as error:
         file.close()
         # One of several files may be at fault: the line names it.
-        error.args = (f"{quoted(str(path))}: {error}",)
+        error.args = (f"{_shown(path)}: {error}",)
         raise
     except BaseException:
         file.close()
@@ -194,21 +194,26 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     return file
 
 
+def _shown(path: Path) -> str:
+    """A path for a message: whole, since what names the file is at its end."""
+    return quoted(str(path), limit=4096)
+
+
 def _open_regular(path: Path) -> int:
     """Descriptor of a regular file; a FIFO or device is refused without waiting for it."""
     try:
         # stat first: opening a device can have effects. O_NONBLOCK: it may have become a FIFO in between.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ModelFileError("is not a regular file; give the path of a .gguf file", quoted(str(path)))
+            raise ModelFileError("is not a regular file; give the path of a .gguf file", _shown(path))
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise ModelFileError("no such file", quoted(str(path))) from None
+        raise ModelFileError("no such file", _shown(path)) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ModelFileError(f"cannot be opened: {reason}", quoted(str(path))) from None
+        raise ModelFileError(f"cannot be opened: {reason}", _shown(path)) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ModelFileError("is not a regular file; give the path of a .gguf file", quoted(str(path)))
+        raise ModelFileError("is not a regular file; give the path of a .gguf file", _shown(path))
     return descriptor
 
 
