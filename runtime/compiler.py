@@ -53,14 +53,18 @@ def compile_program(
         try:
             futures.extend(pool.submit(one, kernel.name) for kernel in program.kernels)
             for future in futures:
+                # In short waits: a Ctrl-C whose signal another thread took is only seen by a main thread that wakes up.
+                while not future.done():
+                    wait((future,), timeout=0.1)
                 kernel = future.result()
                 compiled[kernel.name] = kernel
                 if progress:
                     progress(len(compiled), len(program.kernels))
         except BaseException:  # Ctrl-C must not wait for compilers, which the pool does
+            stop()  # also what a thread is about to start: Ctrl-C may have come before its future was in the list
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures):
-                stop()  # again: another may have been about to start
+                stop()
                 wait(futures, timeout=0.02)
             raise
     return compiled
@@ -74,6 +78,7 @@ def _compiler(arch: str) -> tuple[Callable[[str, str], tuple[bytes, KernelResour
         def compile_for_host(source: str, name: str) -> tuple[bytes, KernelResources]:
             return host.compile_kernel(source, name), KernelResources(0, 0, 0, 0)
 
+        host.allow_compilers()
         return compile_for_host, host.compiler_version(), host.stop_compilers
     options = " ".join(nvrtc.OPTIONS)
     version = f"nvrtc {nvrtc.nvrtc_version()} {options}"  # a kernel takes it a quarter of a second: nothing to stop

@@ -4,11 +4,12 @@
 fail, `calls`, `live` and `violations` tell what was done, and `check` watches one kernel (runtime/host/check.py).
 """
 
-from .compile import compile_kernel, compiler_version, stop_compilers
+from .compile import allow_compilers, compile_kernel, compiler_version, stop_compilers
 from .driver import activate, calls, forget, inject, is_active, live, message, set_order, violations
 
 __all__ = [
     "activate",
+    "allow_compilers",
     "calls",
     "compile_kernel",
     "compiler_version",

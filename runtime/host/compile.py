@@ -19,6 +19,7 @@ import signal
 import stat
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,12 +133,20 @@ def compiler_version() -> str:
 
 
 _running: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()
 
 
 def stop_compilers() -> None:
-    """End every g++ that this process waits for: after Ctrl-C nobody wants what they make."""
+    """End every g++ that this process waits for, and every one that a thread is about to start: after Ctrl-C
+    nobody wants what they make. `allow_compilers` takes it back."""
+    _stopping.set()
     for process in tuple(_running):
         _stop(process)
+
+
+def allow_compilers() -> None:
+    """Let g++ run again, for a program that goes on after Ctrl-C."""
+    _stopping.clear()
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -160,6 +169,8 @@ def run_compiler(arguments: list[str], what: str) -> None:
         ) as done:
             _running.add(done)
             try:
+                if _stopping.is_set():  # set while this one was being started
+                    _stop(done)
                 _, told = done.communicate(timeout=COMPILE_SECONDS)
             except BaseException:
                 _stop(done)
