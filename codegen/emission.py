@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from ..ir.graph import Node, Value
+from ..ir.graph import Value
 from .target import Target
 
 
@@ -35,9 +35,7 @@ class Emitted:
     bytes_read: int = 0
     bytes_written: int = 0
     cache_bytes_per_position: int = 0
-    cluster: int = 1
     describe: str = ""
-    extra: dict[str, object] = field(default_factory=dict)
 
 
 class Context(Protocol):
@@ -66,6 +64,3 @@ class Context(Protocol):
 
     def table(self, name: str, nbytes: int, **attrs: object) -> str:
         """A table that the runtime fills when the model is loaded."""
-
-    def index(self, node: Node) -> int:
-        """The node's place in the step."""

@@ -139,9 +139,6 @@ class _Lowering:
                     self.free.setdefault((buffer.dtype, buffer.shape, buffer.layout), []).append(buffer.name)
                 del self.last_use[name]
 
-    def index(self, node: Node) -> int:
-        return self.graph.nodes.index(node)
-
 
 def is_view(node: Node) -> bool:
     """True for ops that only rename memory."""
@@ -173,7 +170,6 @@ def lower(graph: Graph, target: Target, shapes: dict[str, dict[str, int]] | None
             block=item.block,
             shared_bytes=item.shared_bytes,
             programmatic=target.programmatic and position > 0,
-            cluster=item.cluster,
             bytes_read=item.bytes_read,
             bytes_written=item.bytes_written,
             cache_bytes_per_position=item.cache_bytes_per_position,

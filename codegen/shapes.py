@@ -120,7 +120,7 @@ def _column_warps(superblocks: int) -> list[int]:
     """Warps that may share a tile's columns, the likely fastest first: even slices of at most 2 superblocks.
 
     Fewer superblocks a warp mean a shorter chain of work between the wait and the exit, which is what a step
-    is made of; measured on an H200, three superblocks a warp cost 25 us a step more than two. Many warps leave
+    is made of; measured on an H200, three superblocks a warp cost 10 to 30 us a step more than two. Many warps leave
     few registers to each (`MANY_WARPS`, `WARPS_OF_WIDE_SLICES`).
     """
     even = [w for w in range(1, MOST_WARPS + 1) if superblocks % w == 0 and superblocks // w <= MAX_SLICE]

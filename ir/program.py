@@ -24,7 +24,7 @@ class Buffer:
     dtype    element type as in the IR.
     shape    logical shape.
     layout   how the elements lie: `plain` (row-major), `tiles` (codegen.packing),
-             `i8x2` (codegen.activations), or the name of a table.
+             `i8x2` (docs/layout.md), or the name of a table.
     nbytes   size in bytes, padding included.
     zeroed   must be zero before the first step.
     source   the tensor's name (weights), the state's name, or "" .
@@ -57,9 +57,10 @@ class Launch:
     grid, block   blocks and threads (x only).
     shared_bytes  dynamic shared memory.
     programmatic  launched with a programmatic edge: it waits inside the kernel.
-    cluster       blocks per cluster, 1 for none.
     bytes_read    bytes of weights and activations read from device memory per step at
                   position 0; the cache's share is `cache_bytes_per_position`.
+    bytes_written bytes of large results (logits that are drawn from); vectors of a layer are a few kilobytes
+                  and not counted.
     """
 
     kernel: str
@@ -69,7 +70,6 @@ class Launch:
     block: int
     shared_bytes: int = 0
     programmatic: bool = False
-    cluster: int = 1
     bytes_read: int = 0
     bytes_written: int = 0
     cache_bytes_per_position: int = 0

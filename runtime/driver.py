@@ -138,7 +138,6 @@ class Driver:
         stream: Any,
         args: Sequence[tuple[int, type]],
         programmatic: bool = False,
-        cluster: int = 1,
     ) -> None:
         """Launch a kernel; args are (value, ctypes type) pairs."""
         api = self.api
@@ -152,11 +151,6 @@ class Driver:
             attribute = api.CUlaunchAttribute()
             attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(attribute)
-        if cluster > 1:
-            attribute = api.CUlaunchAttribute()
-            attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
             attributes.append(attribute)
         config.attrs = attributes
         config.numAttrs = len(attributes)

@@ -189,7 +189,6 @@ class Engine:
                 self._stream,
                 args,
                 launch.programmatic,
-                launch.cluster,
             )
         except DeviceError as error:  # out of memory too: half a step is no state to go on from
             self._failed = str(error)

@@ -191,7 +191,6 @@ def _call(
         produced=tuple(1 + place for place, arg in enumerate(launch.args) if arg in written),
         writes=tuple(1 + place for place in writes),
         programmatic=launch.programmatic,
-        together=launch.cluster,
     )
 
 
