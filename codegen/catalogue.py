@@ -24,6 +24,7 @@ class ShapeClass:
     """A matrix shape that makes product kernels take a way of their own.
 
     overrides: the launch shape, where the built-in rule would need a large matrix to choose it.
+    older: as GPUs before compute capability 9.0 get it, where each warp fetches its own weights.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ShapeClass:
     columns: int
     sm_count: int
     overrides: tuple[tuple[str, int], ...] = ()
+    older: bool = False
 
     def suits(self, dtype: str) -> bool:
         """Whether a row is a whole number of the type's blocks."""
@@ -44,12 +46,18 @@ SHAPE_CLASSES = (
     ShapeClass("ragged rows", 40, 512, 4),
     ShapeClass("ragged columns", 48, 672, 4),
     ShapeClass("few multiprocessors", 272, 768, 3),
-    ShapeClass("more rows than threads", 88, 256, 1, (("column_warps", 1), ("tile_warps", 1))),
+    ShapeClass("more rows than threads", 200, 256, 1, (("column_warps", 1), ("tile_warps", 1))),
     ShapeClass("refilled ring", 264, 768, 2, _RING),
     ShapeClass("even refilled ring", 256, 1024, 4, (("column_warps", 4), ("tile_warps", 1), ("ring_limit", 1))),
-    ShapeClass(
-        "slices in pieces", 80, 1024, 2, (("column_warps", 2), ("tile_warps", 1), ("pieces", 2), ("ring_limit", 1))
-    ),
+    ShapeClass("slices in pieces", 80, 1024, 2, (("column_warps", 2), ("tile_warps", 1), ("ring_limit", 1))),
+    ShapeClass("wide uneven slices", 48, 1792, 2, (("column_warps", 2), ("tile_warps", 1))),
+    ShapeClass("two superblocks a warp", 32, 1024, 2, (("column_warps", 2), ("tile_warps", 1))),
+    ShapeClass("three superblocks a warp", 32, 1536, 2, (("column_warps", 2), ("tile_warps", 1))),
+    ShapeClass("more teams than tiles", 16, 1024, 4, _RING),
+    ShapeClass("older GPU", 272, 1792, 3, (("column_warps", 2), ("tile_warps", 2)), older=True),
+    ShapeClass("older GPU, one superblock a warp", 64, 512, 4, (("column_warps", 2), ("tile_warps", 1)), older=True),
+    ShapeClass("older GPU, three superblocks", 56, 1536, 1, (("column_warps", 2), ("tile_warps", 1)), older=True),
+    ShapeClass("older GPU, two superblocks a warp", 40, 1024, 4, (("column_warps", 2), ("tile_warps", 1)), older=True),
     ShapeClass("H100", 64, 2048, 132),
     ShapeClass("uneven H100", 2128, 256, 132),
 )
@@ -78,6 +86,6 @@ def statements(text: str) -> frozenset[str]:
     """The lines of a kernel's text without numbers, comments and the kernel's own name."""
     body = text.replace(f'#include "{HEADER_NAME}"\n', "")
     body = re.sub(r"//[^\n]*", "", body)
-    body = re.sub(r"(__launch_bounds__\(\w+\)) \w+\(", r"\1 KERNEL(", body)
+    body = re.sub(r"((?:__launch_bounds__|REGISTERS)\([\w, ]+\)) \w+\(", r"\1 KERNEL(", body)
     lines = (_NUMBER.sub("#", line).strip() for line in body.split("\n"))
     return frozenset(line for line in lines if line)

@@ -35,6 +35,7 @@ class Emitted:
     bytes_read: int = 0
     bytes_written: int = 0
     cache_bytes_per_position: int = 0
+    cluster: int = 1
     describe: str = ""
 
 
@@ -58,6 +59,9 @@ class Context(Protocol):
 
     def in_place(self, result: Value, state: Value) -> str:
         """The result takes the state's own buffer."""
+
+    def next_product(self) -> int:
+        """The number of the step's next product: which place it takes (`Target.place_bytes`)."""
 
     def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
         """Memory private to this launch."""

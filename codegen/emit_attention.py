@@ -1,12 +1,16 @@
 """Attention over the KV cache, with q/k norm, RoPE and the cache append in its prologue.
 
-One block serves one key/value head and one *split* of the positions, so that every SM has
-work at any depth; all query heads of the group share each key and value read. Inside a
-block, `head_dim / 8` lanes read one row of the cache (16 bytes each) and keep a running
-softmax (max, sum, weighted values: Milakov and Gimelshein 2018; split form as in
-FlashDecoding). How many splits are active depends on the position, read on the device, so
-that one captured graph serves every token. With one active split the block writes the
-result; otherwise the last block of a head to finish adds the splits up in fixed order.
+A *tile* is 16 positions of one key/value head, and belongs to one warp: the tiles of a head go round
+its blocks first and then round their warps, so that every SM has work early. All query heads of the
+group share each key and value read. Both products of a tile run on the tensor cores with float16
+operands and float32 sums. Queries and softmax weights are cut in two halves each (`high + low`), which
+sit in columns that would be empty otherwise, so that nothing is lost beside the cache's own float16.
+
+Each warp keeps a running softmax (Milakov and Gimelshein 2018); the warps' results are added up as in
+FlashDecoding, in a fixed order: where blocks form clusters, through the shared memory of the cluster's
+blocks, each of which finishes a part of the head's values; elsewhere by the last block of a head that
+finishes. How many tiles there are depends on the position, read on the device, so that one captured
+graph serves every token.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ from .writer import Writer, c_float, signature
 
 ATTENTION_OPS = ("rope_append", "rope_attention", "attention")
 
-THREADS = 256
-UNROLL = 2
+WARPS = 4
+THREADS = 32 * WARPS
+TILE = 16  # positions
 MAX_SPLITS = 32
 
 
@@ -33,11 +38,11 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     cache = node.ins[5 if rotate else 1].type
     kv_heads, _, head_dim = cache.shape
     heads = int(node.attr("heads")) if rotate else node.ins[0].type.shape[0]  # type: ignore[arg-type]
-    if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
-        raise UnsupportedModelError(f"head_dim {head_dim}: kernels support powers of two from 16 to 256")
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise UnsupportedModelError(f"head_dim {head_dim}: kernels support multiples of 16 from 16 to 256")
     group = heads // kv_heads
-    rows = THREADS // (head_dim // 8)
-    splits = max(1, min(MAX_SPLITS, ctx.target.sm_count // kv_heads)) if attend else 1
+    clusters = attend and ctx.target.cluster > 1
+    splits = _splits(ctx, kv_heads, group * head_dim) if attend else 1
     parameters: list[str] = []
     args: list[str | int] = []
 
@@ -60,27 +65,35 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     result = node.outs[0]
     quantized = result.type.dtype == "i8x2"
     take("u8* y" if quantized else "float* y", ctx.write(result))
-    if attend:
-        take("float* partial", ctx.scratch("partial", kv_heads * splits * group * (head_dim + 2) * 4))
+    slots, gathered = WARPS * splits, group * head_dim // (splits if clusters else 1)
+    if attend and not clusters:
+        take("float* gathered", ctx.scratch("gathered", kv_heads * slots * group * head_dim * 4))
+        take("float2* tops", ctx.scratch("tops", kv_heads * slots * group * 8))
         take("u32* arrived", ctx.scratch("arrived", kv_heads * 4, zeroed=True))
     take("int context", ctx.ctx)
 
+    tiles_bytes = WARPS * TILE * 2 * (2 * head_dim + 24)
     writer = Writer()
-    with writer.block(signature(THREADS, parameters)):
+    with writer.block(signature(THREADS, parameters, ctx.target.registers)):
         writer.lines(f"""
-            constexpr int HEAD_DIM = {head_dim}, SPLITS = {splits};
+            constexpr int HEAD_DIM = {head_dim}, SPLITS = {splits};  // blocks of a key/value head
             constexpr int GROUP = {group};  // query heads that share a key/value head
-            constexpr int ROW_LANES = HEAD_DIM / 8, ROWS = {THREADS} / ROW_LANES;  // lanes of a row; rows at once
             const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
             const int kv_head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
             const int now = from_earlier_step(position);
-            const int share = ((now + SPLITS) / SPLITS + ROWS - 1) / ROWS * ROWS;
-            const int per_split = share > {UNROLL} * ROWS ? share : {UNROLL} * ROWS;
-            const int active = now / per_split + 1;  // splits that have positions
-            const int first = split * per_split, last = first + per_split < now + 1 ? first + per_split : now + 1;
             const u64 head_start = (u64)kv_head * context * HEAD_DIM;
-            __shared__ __align__(16) float queries[GROUP][HEAD_DIM];
         """)
+        if attend:
+            writer.lines(f"""
+                constexpr int WARPS = {WARPS}, TILE = {TILE};  // positions
+                constexpr int SLOTS = WARPS * SPLITS;  // warps of a key/value head
+                const int tiles = now / TILE + 1, place = warp * SPLITS + split;
+                const bool owner = (tiles - 1) % SPLITS == split;  // this block has the tile of the new position
+                constexpr int SETS = (GROUP + 3) / 4;  // of four query heads, of each its high and its low halves
+                __shared__ __align__(16) u16 queries[SETS * 8][HEAD_DIM + 16];
+            """)
+        else:
+            writer.line("const bool owner = true;")
         if rotate:
             writer.lines("""
                 __shared__ __align__(16) u16 new_key[HEAD_DIM], new_value[HEAD_DIM];
@@ -88,12 +101,14 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
                 __shared__ float norm_weights[2][HEAD_DIM];
             """)
         if attend:
-            writer.line("extern __shared__ __align__(16) u8 shared_memory[];")
-            writer.line("float* row_sums = (float*)shared_memory;  // [row][query head][HEAD_DIM]")
-            writer.line("// [row][query head]: maximum, sum of weights")
-            writer.line("float2* row_tops = (float2*)(row_sums + ROWS * GROUP * HEAD_DIM);")
-            _prefetch(writer, rotate)
+            _memory(writer, clusters, gathered)
+            _fetch(writer, rotate)
+            if rotate:
+                writer.line("// Keys and values of earlier positions were written by earlier steps: no need to wait.")
+                writer.line("fetch_keys(place);")
+                writer.line("fetch_values(place);")
         writer.line("let_next_kernel_start();")
+        _keep(writer, attend, group)
         if rotate:
             writer.lines(f"""
                 for (int i = threadIdx.x; i < HEAD_DIM; i += {THREADS}) {{
@@ -103,55 +118,113 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
                 }}
                 __syncthreads();
             """)
+        if clusters:
+            writer.lines("""
+                const int count = tiles < SLOTS ? tiles : SLOTS;  // warps of the head that have a tile
+                __shared__ u64 all_sent;
+                if (threadIdx.x == 0) expect_bytes(&all_sent, count * (MINE * 4 + GROUP * 8));
+                cluster_barrier();  // all blocks have started: their shared memory may be written
+            """)
         scale = float(node.attr("scale")) * math.log2(math.e) if attend else 1.0  # type: ignore[arg-type]
         writer.line("wait_for_previous_kernel();")
-        if attend:
-            writer.line("if (split >= active) return;")
+        if attend and not clusters:
+            writer.line("if (split >= tiles) return;")
         if rotate:
             _rotate(writer, scale, float(node.attr("eps")))  # type: ignore[arg-type]
         else:
+            writer.line("fetch_keys(place);")
+            writer.line("fetch_values(place);")
             writer.lines(f"""
                 for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {THREADS})
-                    queries[i / HEAD_DIM][i % HEAD_DIM] = fresh(q + kv_head * GROUP * HEAD_DIM + i) * {c_float(scale)};
+                    keep(i / HEAD_DIM, i % HEAD_DIM, fresh(q + kv_head * GROUP * HEAD_DIM + i) * {c_float(scale)});
             """)
-        writer.line("__syncthreads();")
         if attend:
-            _attend(writer, rotate, quantized, heads * head_dim)
-        else:
-            writer.lines(f"""
-                for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {THREADS})
-                    y[kv_head * GROUP * HEAD_DIM + i] = queries[i / HEAD_DIM][i % HEAD_DIM];
-            """)
+            writer.line("__syncthreads();")
+            _attend(writer, rotate)
+            if clusters:
+                _gather_in_cluster(writer, quantized, heads * head_dim, gathered)
+            else:
+                _gather_in_memory(writer, quantized, heads * head_dim)
+    dynamic = tiles_bytes + (slots * (gathered * 4 + group * 8) if clusters else 0)
     return Emitted(
         stem=node.op,
         body=writer.text(),
         grid=kv_heads * splits,
         block=THREADS,
         args=tuple(args),
-        shared_bytes=rows * group * (head_dim * 4 + 8) if attend else 0,
+        shared_bytes=dynamic if attend else 0,
+        cluster=splits if clusters else 1,
         cache_bytes_per_position=2 * kv_heads * head_dim * 2 if attend else 0,
-        describe=f"{kv_heads} key/value heads x {splits} splits, {group} query heads share each read",
+        describe=f"{kv_heads} key/value heads x {splits} blocks, {group} query heads share each read",
     )
 
 
-def _prefetch(writer: Writer, rotate: bool) -> None:
-    writer.lines(f"""
+def _splits(ctx: Context, kv_heads: int, values: int) -> int:
+    """Blocks of a key/value head. In a cluster each finishes whole groups of 16 of the head's `values`."""
+    if ctx.target.cluster == 1:
+        return max(1, min(MAX_SPLITS, ctx.target.sm_count // kv_heads))
+    splits = ctx.target.cluster
+    while splits > 1 and (values % (16 * splits) or kv_heads * splits > max(ctx.target.sm_count, kv_heads * 2)):
+        splits //= 2
+    return splits
 
-        // Keys and values of earlier positions were written by earlier steps: no need to wait for them.
-        const int row = threadIdx.x / ROW_LANES, part = threadIdx.x % ROW_LANES;
-        uint4 keys[{UNROLL}], values[{UNROLL}];
-        auto fetch = [&](int base) {{
-            for_each<{UNROLL}>([&](auto u) {{
-                int p = base + u.index * ROWS + row;
-                if (p < last && p < now) {{
-                    u64 at = head_start + (u64)p * HEAD_DIM + part * 8;
-                    keys[u.index] = from_earlier_step((const uint4*)(k_cache + at));
-                    values[u.index] = from_earlier_step((const uint4*)(v_cache + at));
-                }}
-            }});
-        }};
-        fetch(first);
+
+def _memory(writer: Writer, clusters: bool, gathered: int) -> None:
+    writer.lines("""
+        extern __shared__ __align__(16) u8 shared_memory[];
+        // Rows are padded, so that the lanes of a warp read them from different banks.
+        constexpr int KEY_ROW = HEAD_DIM + 16, VALUE_ROW = HEAD_DIM + 8;
+        u16* keys = (u16*)shared_memory + warp * TILE * (KEY_ROW + VALUE_ROW);
+        u16* values = keys + TILE * KEY_ROW;
     """)
+    if clusters:
+        writer.lines(f"""
+            constexpr int MINE = {gathered};  // of the head's values, finished by this block
+            float* gathered = (float*)(shared_memory + 2 * WARPS * TILE * (KEY_ROW + VALUE_ROW));  // [place][MINE]
+            float2* tops = (float2*)(gathered + SLOTS * MINE);  // [place][query head]: maximum, sum of weights
+        """)
+
+
+def _keep(writer: Writer, attend: bool, group: int) -> None:
+    """Where a query's elements go."""
+    if not attend:
+        writer.line("auto keep = [&](int head, int i, float x) { y[(kv_head * GROUP + head) * HEAD_DIM + i] = x; };")
+        return
+    writer.lines("""
+        auto keep = [&](int head, int i, float x) {
+            u32 halves = both_halves(x);
+            queries[2 * head][i] = (u16)halves;
+            queries[2 * head + 1][i] = (u16)(halves >> 16);
+        };
+    """)
+    if group % 4:
+        writer.lines(f"""
+            for (int i = threadIdx.x; i < (SETS * 8 - 2 * GROUP) * HEAD_DIM; i += {THREADS})
+                queries[2 * GROUP + i / HEAD_DIM][i % HEAD_DIM] = 0;  // heads that the last set lacks
+        """)
+
+
+def _fetch(writer: Writer, rotate: bool) -> None:
+    """Copies of a tile's rows; the new position's are in the cache only if another kernel put them there."""
+    writer.lines(
+        """
+        // A tile's keys or values into shared memory. Rows that are not there become zero: a weight of zero times
+        // whatever lies there must be zero.
+        auto fetch = [&](u16* to, int stride, const u16* from, int tile) {
+            constexpr int PARTS = HEAD_DIM / 8;  // of 16 bytes
+            #pragma unroll 1
+            for (int i = lane; i < TILE * PARTS && tile < tiles; i += 32) {
+                int row = i / PARTS, part = i % PARTS * 8, p = tile * TILE + row;
+                u16* target = to + row * stride + part;
+                if (p < SEEN) copy_16_bytes(target, from + head_start + p * HEAD_DIM + part);
+                else *(uint4*)target = make_uint4(0u, 0u, 0u, 0u);
+            }
+            end_of_copies();
+        };
+        auto fetch_keys = [&](int tile) { fetch(keys, KEY_ROW, k_cache, tile); };
+        auto fetch_values = [&](int tile) { fetch(values, VALUE_ROW, v_cache, tile); };
+    """.replace("SEEN", "now" if rotate else "now + 1")
+    )
 
 
 def _rotate(writer: Writer, scale: float, eps: float) -> None:
@@ -159,12 +232,11 @@ def _rotate(writer: Writer, scale: float, eps: float) -> None:
     writer.lines(f"""
 
         // q/k norm and RoPE: one warp a head. The new key and value belong to the block of the last position.
-        const bool owner = last == now + 1;
         #pragma unroll 1
-        for (int head = warp; head < GROUP + (owner ? 2 : 0); head += {THREADS // 32}) {{
+        for (int head = warp; head < GROUP + (owner ? 2 : 0); head += {WARPS}) {{
             const float* source = (head == GROUP ? k : v) + kv_head * HEAD_DIM;
             if (head < GROUP) source = q + (kv_head * GROUP + head) * HEAD_DIM;
-            constexpr int PAIRS = HEAD_DIM > 64 ? HEAD_DIM / 64 : 1;
+            constexpr int PAIRS = (HEAD_DIM + 63) / 64;
             float low[PAIRS], high[PAIRS], squares = 0.0f;
             for_each<PAIRS>([&](auto u) {{
                 int i = u.index * 32 + lane;
@@ -185,8 +257,8 @@ def _rotate(writer: Writer, scale: float, eps: float) -> None:
                         b = y2 * turn[i].x + x * turn[i].y;
                     }}
                     if (head < GROUP) {{
-                        queries[head][i] = a * {c_float(scale)};
-                        queries[head][HEAD_DIM / 2 + i] = b * {c_float(scale)};
+                        keep(head, i, a * {c_float(scale)});
+                        keep(head, HEAD_DIM / 2 + i, b * {c_float(scale)});
                     }} else {{
                         u16* shared = head == GROUP ? new_key : new_value;
                         u16* cache = (head == GROUP ? k_cache : v_cache) + head_start + (u64)now * HEAD_DIM;
@@ -201,146 +273,185 @@ def _rotate(writer: Writer, scale: float, eps: float) -> None:
     """)
 
 
-def _attend(writer: Writer, rotate: bool, quantized: bool, size: int) -> None:
-    new_row = (
-        """
-                if (p == now) {
-                    keys[u.index] = ((const uint4*)new_key)[part];
-                    values[u.index] = ((const uint4*)new_value)[part];
-                }"""
-        if rotate
-        else """
-                if (p == now) {
-                    u64 at = head_start + (u64)p * HEAD_DIM + part * 8;
-                    keys[u.index] = fresh((const uint4*)(k_cache + at));
-                    values[u.index] = fresh((const uint4*)(v_cache + at));
-                }"""
-    )
-    writer.lines(f"""
+def _attend(writer: Writer, rotate: bool) -> None:
+    writer.lines("""
 
-        // Running softmax of this row's positions, base 2: maximum, sum of weights, weighted values.
-        float query[GROUP][8], top[GROUP], total[GROUP], sum[GROUP][8];
-        for_each<GROUP>([&](auto g) {{
-            for_each<8>([&](auto i) {{
-                query[g.index][i.index] = queries[g.index][part * 8 + i.index];
-                sum[g.index][i.index] = 0.0f;
-            }});
-            top[g.index] = -1e30f;
-            total[g.index] = 0.0f;
-        }});
+        // Columns of the products: of each query head its high and its low half, four heads a set.
+        // Lane (g, t) = (lane / 4, lane % 4) owns positions g and g + 8 of a tile, and head t of each set.
+        constexpr int STEPS = HEAD_DIM / 16;
+        const int g = lane >> 2, t = lane & 3;
+        float top[SETS], total[SETS], sum[SETS][STEPS][4];
+        for_each<SETS>([&](auto set) {
+            for_each<STEPS>([&](auto step) {
+                for_each<4>([&](auto i) { sum[set.index][step.index][i.index] = 0.0f; });
+            });
+            top[set.index] = -1e30f;
+            total[set.index] = 0.0f;
+        });
         #pragma unroll 1
-        for (int base = first; base < last; base += {UNROLL} * ROWS) {{
-            if (base > first) fetch(base);
-            float scores[{UNROLL}][GROUP];
-            for_each<{UNROLL}>([&](auto u) {{
-                int p = base + u.index * ROWS + row;{new_row}
-                float key[8];
-                halves_of(keys[u.index], key);
-                for_each<GROUP>([&](auto g) {{
-                    float score = 0.0f;
-                    for_each<8>([&](auto i) {{ score += query[g.index][i.index] * key[i.index]; }});
-                    score = lanes_sum(score, ROW_LANES);
-                    scores[u.index][g.index] = p < last ? score : -1e30f;
-                }});
-            }});
-            float shrink[GROUP];
-            for_each<GROUP>([&](auto g) {{
-                float highest = top[g.index];
-                for_each<{UNROLL}>([&](auto u) {{ highest = fmaxf(highest, scores[u.index][g.index]); }});
-                shrink[g.index] = exp2_fast(top[g.index] - highest);
-                top[g.index] = highest;
-                total[g.index] *= shrink[g.index];
-                for_each<8>([&](auto i) {{ sum[g.index][i.index] *= shrink[g.index]; }});
-            }});
-            for_each<{UNROLL}>([&](auto u) {{
-                int p = base + u.index * ROWS + row;
-                if (p < last) {{
-                    float value[8];
-                    halves_of(values[u.index], value);
-                    for_each<GROUP>([&](auto g) {{
-                        float weight = exp2_fast(scores[u.index][g.index] - top[g.index]);
-                        total[g.index] += weight;
-                        for_each<8>([&](auto i) {{ sum[g.index][i.index] += weight * value[i.index]; }});
-                    }});
-                }}
-            }});
-        }}
-
-        // All rows of the block: each leaves its maximum, sum of weights and weighted values.
-        for_each<GROUP>([&](auto g) {{
-            for_each<2>([&](auto i) {{
-                const float* four = sum[g.index] + 4 * i.index;
-                float4* mine = (float4*)row_sums + ((row * GROUP + g.index) * HEAD_DIM + part * 8) / 4;
-                mine[i.index] = make_float4(four[0], four[1], four[2], four[3]);
-            }});
-            if (part == 0) row_tops[row * GROUP + g.index] = make_float2(top[g.index], total[g.index]);
-        }});
-        __syncthreads();
-        float* mine = partial + (u64)(kv_head * SPLITS + split) * GROUP * (HEAD_DIM + 2);
-        #pragma unroll 1
-        for (int base = 0; base < GROUP * HEAD_DIM; base += {THREADS}) {{
-            int o = base + threadIdx.x, g = o / HEAD_DIM, d = o % HEAD_DIM, at = kv_head * GROUP * HEAD_DIM + o;
-            bool inside = o < GROUP * HEAD_DIM;
-            float highest = -1e30f, weights = 0.0f, value = 0.0f;
-            if (inside) {{
-                #pragma unroll 4
-                for (int r = 0; r < ROWS; r++) highest = fmaxf(highest, row_tops[r * GROUP + g].x);
-                #pragma unroll 4
-                for (int r = 0; r < ROWS; r++) {{
-                    float2 theirs = row_tops[r * GROUP + g];
-                    float share_of_row = exp2_fast(theirs.x - highest);
-                    weights += share_of_row * theirs.y;
-                    value += share_of_row * row_sums[(r * GROUP + g) * HEAD_DIM + d];
-                }}
-            }}
-            if (active == 1) {{
-                value = inside ? divide(value, weights) : 0.0f;
+        for (int tile = place; tile < tiles; tile += SLOTS) {
+            wait_for_copies_but_last();
     """)
-    with writer.indented(), writer.indented():
-        _store(writer, quantized, size)
-    writer.lines(f"""
-            }} else if (inside) {{
-                mine[g * (HEAD_DIM + 2) + d] = value;
-                if (d == 0) {{
-                    mine[g * (HEAD_DIM + 2) + HEAD_DIM] = highest;
-                    mine[g * (HEAD_DIM + 2) + HEAD_DIM + 1] = weights;
-                }}
+    new_row = """
+            if (tile == tiles - 1) {{  // the new {what} is not in the cache yet
+                for (int part = lane; part < HEAD_DIM / 8; part += 32)
+                    ((uint4*)({what}s + now % TILE * {row}))[part] = ((const uint4*)new_{what})[part];
+                __syncwarp();
             }}
-        }}
-        if (active == 1) return;
+    """
+    if rotate:
+        writer.lines(new_row.format(what="key", row="KEY_ROW"))
+    writer.lines("""
+            float scores[SETS][4];
+            for_each<SETS>([&](auto set) { for_each<4>([&](auto i) { scores[set.index][i.index] = 0.0f; }); });
+            #pragma unroll 2
+            for (int step = 0; step < STEPS; step++) {
+                uint2 low = *(const uint2*)(keys + g * KEY_ROW + step * 16 + 4 * t);
+                uint2 high = *(const uint2*)(keys + (g + 8) * KEY_ROW + step * 16 + 4 * t);
+                const u32 key[4] = {low.x, high.x, low.y, high.y};
+                for_each<SETS>([&](auto set) {
+                    uint2 both = *(const uint2*)(queries[set.index * 8 + g] + step * 16 + 4 * t);
+                    const u32 query[2] = {both.x, both.y};
+                    dot_halves(scores[set.index], key, query, lane);
+                });
+            }
+            __syncwarp();
+            fetch_keys(tile + SLOTS);  // while the values are used
+            u32 weights[SETS][2];
+            for_each<SETS>([&](auto set) {
+                const int p = tile * TILE + g;
+                const float* score = scores[set.index];
+                float low = p <= now ? score[0] + score[1] : -1e30f, high = p + 8 <= now ? score[2] + score[3] : -1e30f;
+                float highest = fmaxf(top[set.index], rows_max(fmaxf(low, high)));
+                float shrink = exp2_fast(top[set.index] - highest);
+                top[set.index] = highest;
+                // 2^14 times too large, all alike: small weights then have a low half too.
+                low = p <= now ? exp2_fast(low - highest + 14.0f) : 0.0f;
+                high = p + 8 <= now ? exp2_fast(high - highest + 14.0f) : 0.0f;
+                total[set.index] = total[set.index] * shrink + (low + high);
+                weights[set.index][0] = transposed(both_halves(low), lane);
+                weights[set.index][1] = transposed(both_halves(high), lane);
+                for_each<STEPS>([&](auto step) {
+                    for_each<4>([&](auto i) { sum[set.index][step.index][i.index] *= shrink; });
+                });
+            });
+            wait_for_copies_but_last();
+    """)
+    if rotate:
+        writer.lines(new_row.format(what="value", row="VALUE_ROW"))
+    writer.lines("""
+            for_each<STEPS>([&](auto step) {
+                u32 value[4];
+                load_transposed(value, values + step.index * 16, VALUE_ROW, lane);
+                for_each<SETS>([&](auto set) {
+                    dot_halves(sum[set.index][step.index], value, weights[set.index], lane);
+                });
+            });
+            __syncwarp();
+            fetch_values(tile + SLOTS);
+        }
+    """)
 
-        // The last split of the head to finish adds all of them up.
+
+_SEND = """
+
+        // This warp's part of each head: weighted values, maximum and sum of weights.
+        if (place < tiles) {{
+            for_each<SETS>([&](auto set) {{
+                const int head = set.index * 4 + t;
+                const float2 mine = make_float2(top[set.index], rows_sum(total[set.index]));
+                if (head < GROUP) {{
+                    for_each<STEPS>([&](auto step) {{
+                        const float* pairs = sum[set.index][step.index];
+                        const int o = head * HEAD_DIM + step.index * 16 + g;
+                        {low}
+                        {high}
+                    }});
+                    {tops}
+                }}
+            }});
+        }}
+"""
+
+_ADD_UP = """
+            const int head = o / HEAD_DIM;
+            float highest = -1e30f, weights = 0.0f, value = 0.0f;
+            #pragma unroll {unroll}
+            for (int s = 0; s < count; s++) highest = fmaxf(highest, {top}.x);
+            #pragma unroll {unroll}
+            for (int s = 0; s < count; s++) {{
+                const float2 theirs = {top};
+                float share = exp2_fast(theirs.x - highest);
+                weights += share * theirs.y;
+                value += share * {part};
+            }}
+            value = divide(value, weights);
+"""
+
+
+def _gather_in_cluster(writer: Writer, quantized: bool, size: int, gathered: int) -> None:
+    """Every block finishes MINE of the head's values; the others send it theirs."""
+    writer.line("float* const outbox = (float*)keys;  // [query head][HEAD_DIM], where this warp's tiles were")
+    writer.lines(
+        _SEND.format(
+            low="outbox[o] = pairs[0] + pairs[1];",
+            high="outbox[o + 8] = pairs[2] + pairs[3];",
+            tops="for (int b = g; b < SPLITS; b += 8) send_to_block(tops + place * GROUP + head, b, mine, &all_sent);",
+        )
+    )
+    with writer.block("if (place < tiles)"):
+        writer.lines("""
+            __syncwarp();
+            for (int o = 4 * lane; o < GROUP * HEAD_DIM; o += 128) {
+                float4* there = (float4*)(gathered + place * MINE + o % MINE);
+                send_to_block(there, o / MINE, *(const float4*)(outbox + o), &all_sent);
+            }
+        """)
+    writer.line("wait_for_bytes(&all_sent);")
+    padded = -(-gathered // 32) * 32
+    loop = f"for (int i = threadIdx.x; i < {padded}; i += {THREADS})"
+    with writer.block(f"if (threadIdx.x < {padded})" if padded <= THREADS else loop):
+        if padded <= THREADS:
+            writer.line("const int i = threadIdx.x;")
+        writer.lines("""
+            const bool inside = i < MINE;
+            const int o = split * MINE + (inside ? i : 0), at = kv_head * GROUP * HEAD_DIM + split * MINE + i;
+        """)
+        part = "gathered[s * MINE + o % MINE]"
+        writer.lines(_ADD_UP.format(unroll=4, top="tops[s * GROUP + head]", part=part))
+        _store(writer, quantized, size)
+
+
+def _gather_in_memory(writer: Writer, quantized: bool, size: int) -> None:
+    """The last block of a head to finish adds all parts up."""
+    mine = "(kv_head * SLOTS + place) * GROUP"
+    writer.lines(
+        _SEND.format(
+            low=f"gathered[{mine} * HEAD_DIM + o] = pairs[0] + pairs[1];",
+            high=f"gathered[{mine} * HEAD_DIM + o + 8] = pairs[2] + pairs[3];",
+            tops=f"if (g == 0) tops[{mine} + head] = mine;",
+        )
+    )
+    writer.lines("""
         __shared__ u32 finished;
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) finished = atomicAdd(arrived + kv_head, 1u);
         __syncthreads();
-        if (finished != (u32)active - 1) return;
+        if (finished != (u32)(tiles < SPLITS ? tiles : SPLITS) - 1) return;
         __threadfence();
         if (threadIdx.x == 0) arrived[kv_head] = 0u;
-        const float* all = partial + (u64)kv_head * SPLITS * GROUP * (HEAD_DIM + 2);
-        #pragma unroll 1
-        for (int base = 0; base < GROUP * HEAD_DIM; base += {THREADS}) {{
-            int o = base + threadIdx.x, g = o / HEAD_DIM, d = o % HEAD_DIM, at = kv_head * GROUP * HEAD_DIM + o;
-            bool inside = o < GROUP * HEAD_DIM;
-            float highest = -1e30f, weights = 0.0f, value = 0.0f;
-            if (inside) {{
-                #pragma unroll 4
-                for (int s = 0; s < active; s++)
-                    highest = fmaxf(highest, fresh(all + (s * GROUP + g) * (HEAD_DIM + 2) + HEAD_DIM));
-                #pragma unroll 4
-                for (int s = 0; s < active; s++) {{
-                    const float* theirs = all + (s * GROUP + g) * (HEAD_DIM + 2);
-                    float share_of_split = exp2_fast(fresh(theirs + HEAD_DIM) - highest);
-                    weights += share_of_split * fresh(theirs + HEAD_DIM + 1);
-                    value += share_of_split * fresh(theirs + d);
-                }}
-                value = divide(value, weights);
-            }}
     """)
-    with writer.indented():
+    with writer.block(f"for (int i = threadIdx.x; i < (GROUP * HEAD_DIM + 31) / 32 * 32; i += {THREADS})"):
+        writer.lines("""
+            const bool inside = i < GROUP * HEAD_DIM;
+            const int o = inside ? i : 0, at = kv_head * GROUP * HEAD_DIM + i;
+            const int count = tiles < SLOTS ? tiles : SLOTS;
+        """)
+        place = "(kv_head * SLOTS + s) * GROUP"
+        part = f"fresh(gathered + {place} * HEAD_DIM + o)"
+        writer.lines(_ADD_UP.format(unroll=8, top=f"fresh(tops + {place} + head)", part=part))
         _store(writer, quantized, size)
-    writer.line("}")
 
 
 def _store(writer: Writer, quantized: bool, size: int) -> None:

@@ -1,10 +1,10 @@
 """Matrix-vector products: one emitter for every op whose result is `w @ x` and something after.
 
 A kernel has four parts, the same for all:
-  1. the ring: each warp asks for its first weights, which depend on no other kernel;
+  1. the ring: weights, which depend on no other kernel, are asked for as soon as the kernel is resident;
   2. the wait for the kernel before, then the warp's slice of the activations into registers,
      while one more warp runs errands (the norm's factor, the residual);
-  3. the tiles: each warp multiplies its slice of each tile, sums go to shared memory;
+  3. the tiles: each warp multiplies its superblocks of each tile, sums go to shared memory;
   4. the epilogue: one thread a row adds the slices up and does what the op does after
      (`product_epilogues`).
 """
@@ -16,6 +16,7 @@ from .emission import Context, Emitted
 from .product import Product
 from .product_epilogues import EPILOGUES, Epilogue
 from .shapes import product_shape
+from .target import ATTENTION_BYTES
 from .weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
 from .writer import Writer, c_float, signature
 
@@ -36,13 +37,27 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
     counts = [tiles(weight.type.shape[0]) for weight in weights]
     units = counts[0] if swiglu else sum(counts)
     widest = max(row.superblock_bytes for row in types)
-    reserve = padded_columns(columns) * 4 if types[0].family == "float" else 0
+    integer = types[0].family == "integer"
+    reserve = 0 if integer else padded_columns(columns) * 4
+    number = ctx.next_product()
+    place = ctx.target.place_bytes(number)
+    if node.op.endswith("_choose") and place:
+        place += ATTENTION_BYTES  # the step's last kernel: no attention comes after it
     shape = product_shape(
-        units, 2 if swiglu else 1, superblocks(columns), widest, ctx.target, reserve=reserve, **(overrides or {})
+        units,
+        2 if swiglu else 1,
+        superblocks(columns),
+        widest,
+        ctx.target,
+        reserve=reserve,
+        place=place,
+        most_warps=ctx.target.most_warps(number),
+        **(overrides or {}),
     )
     product = Product(
         node,
         ctx,
+        number,
         weights,
         types,
         ctx.factor(node.ins[1]) if scaled else None,
@@ -64,93 +79,79 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
     return Emitted(
         stem=node.op,
         body=text,
-        grid=shape.grid,
+        grid=product.launched,
         block=product.threads,
         args=tuple(product.args),
-        shared_bytes=product.shared.total,
+        shared_bytes=max(product.shared.total, place),
         bytes_read=bytes_read,
         describe=f"{shape.column_warps} warps share the columns, {shape.tile_warps} take turns with the tiles, "
-        f"ring of {shape.depth}" + (f", a slice in {shape.pieces} pieces" if shape.pieces > 1 else ""),
+        f"ring of {shape.depth}",
     )
 
 
 def _text(product: Product, epilogue: Epilogue) -> str:
     shape, writer = product.shape, Writer()
     shared = product.shared
-    programmatic = product.ctx.target.programmatic
     even = product.units == shape.grid * shape.units_per_block
     even_items = even and product.tiles_per_block % shape.tile_warps == 0
-    refills = shape.depth * shape.tile_warps < product.tiles_per_block * shape.pieces
     block_tiles = (
         "constexpr int block_tiles = ROWS / 16;"
         if even
         else "const int block_tiles = ((UNITS - 1 - (int)blockIdx.x) / GRID + 1) * TILES_PER_UNIT;"
     )
     items = (
-        "constexpr int items = ROWS / 16 / TILE_WARPS;"
+        "ROWS / 16 / TILE_WARPS"
         if even_items
-        else "const int items = block_tiles > tile_warp ? (block_tiles - 1 - tile_warp) / TILE_WARPS + 1 : 0;"
+        else "block_tiles > tile_warp ? (block_tiles - 1 - tile_warp) / TILE_WARPS + 1 : 0"
     )
-    even_slices = product.superblocks % product.slice == 0
-    count = "SLICE" if even_slices else "SUPERBLOCKS - first < SLICE ? SUPERBLOCKS - first : SLICE"
-    with writer.block(signature(product.threads, product.parameters)):
+    idle = product.launched > shape.grid  # blocks that only hold their place
+    with writer.block(signature(product.threads, product.parameters, product.ctx.target.registers)):
         writer.lines(f"""
             constexpr int COLUMN_WARPS = {shape.column_warps}, TILE_WARPS = {shape.tile_warps}, WARPS = {shape.warps};
             constexpr int DEPTH = {shape.depth};
-            constexpr int SUPERBLOCKS = {product.superblocks}, SLICE = {product.slice};  // of a row; of a warp
-            constexpr int PIECES = {shape.pieces}, PIECE = {product.piece};  // stages of a slice; superblocks of one
-            constexpr int STAGE = {product.piece * product.widest};  // bytes
+            constexpr int SUPERBLOCKS = {product.superblocks}, STEPS = {product.slice};  // of a row; stages of a tile
+            constexpr int STAGE = COLUMN_WARPS * {product.widest};  // bytes: a superblock for each warp of a team
             constexpr int GRID = {shape.grid}, UNITS = {product.units}, TILES_PER_UNIT = {product.tiles_per_unit};
             constexpr int ROWS = {product.tiles_per_block * 16};  // of a block
             extern __shared__ __align__(128) u8 shared_memory[];
-            const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-            const int column_warp = warp % COLUMN_WARPS, tile_warp = warp / COLUMN_WARPS;  // warp WARPS runs errands
-            const int first = column_warp * SLICE, count = {count};
-            u8* ring = shared_memory + warp * (DEPTH * STAGE);
-            u64* barriers = (u64*)(shared_memory + {shared.barriers}) + warp * DEPTH;
+            const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;  // warp WARPS runs errands
+            const int column_warp = warp % COLUMN_WARPS, tile_warp = warp / COLUMN_WARPS;
+            u64* const barriers = (u64*)(shared_memory + {shared.barriers});  // of the ring of each team
             float* partial = (float*)(shared_memory + {shared.partial});  // [column warp][row of the block]
         """)
         if not product.integer:
-            writer.line(f"float* values = (float*)(shared_memory + {shared.floats});  // the activations")
+            writer.line(f"float* values = (float*)(shared_memory + {shared.activations});  // the activations")
         if product.factor:
             writer.line("__shared__ float shared_factor;")
         writer.lines(f"""
             // Tile number i of this block; the units of a block are GRID apart.
             {block_tiles}
-            {items}
+            auto items_of = [&](int tile_warp) {{ return {items}; }};
         """)
-        writer.line("// Ring stage number n of this warp: a piece of its slice of a tile.")
-        with writer.block("auto fetch = [&](int n)", "};"):
-            writer.line("int bytes = 0;")
-            writer.line("const u8* source = weight0;")
-            with writer.block("if (n < items * PIECES)"):
-                writer.line("int tile = n / PIECES * TILE_WARPS + tile_warp;")
-                writer.line("int from = first + n % PIECES * PIECE, many = PIECES > 1 ? PIECE : count;")
-                _tile_source(product, writer, _SOURCE)
-            writer.line("Ring<DEPTH>::issue(barriers, n % DEPTH, ring + (n % DEPTH) * STAGE, source, bytes, lane);")
-        writer.lines("""
-
-            // 1. Weights depend on no other kernel.
-            let_next_kernel_start();
-            if (warp < WARPS) {
-                Ring<DEPTH>::open(barriers, lane);
-                #pragma unroll 1
-                for (int n = 0; n < DEPTH; n++) fetch(n);
-            }
-        """)
+        writer.line()
+        writer.line("// 1. Weights depend on no other kernel.")
+        writer.line("let_next_kernel_start();")
+        writer.line("typedef Ring<DEPTH, COLUMN_WARPS> TeamRing;")
+        if product.loads_ahead:
+            _load_ahead(product, writer, idle)
+        else:
+            _fetch(product, writer)
         epilogue.before_wait(writer)
         if product.integer:
-            columns = padded_columns(product.columns)
-            writer.line("const u32* my_digits = ready(first_word(x, first, lane));")
-            writer.line(f"const float2* my_factors = ready(first_factor(x, {columns}, first, lane));")
+            factors = f"x + {2 * padded_columns(product.columns)}"
+            writer.line("const u32* my_digits = ready(first_word(x, column_warp, lane));")
+            writer.line(f"const float2* my_factors = ready(first_factor({factors}, column_warp, lane));")
         writer.lines("""
             // 2. The activations depend on the kernel before.
             wait_for_previous_kernel();
         """)
+        if idle:
+            writer.line("if (blockIdx.x >= GRID) return;")
         if not product.integer:
-            with writer.block(f"for (int i = threadIdx.x; i < SUPERBLOCKS * 256; i += {product.threads})"):
-                writer.line(f"values[i] = i < {product.columns} ? fresh(x + i) : 0.0f;")
-            writer.line("__syncthreads();")
+            readers = product.shape.threads + 32  # not the warp that fills the ring: it may wait for the others
+            with writer.block(f"for (int i = threadIdx.x; i < SUPERBLOCKS * 256; i += {readers})"):
+                writer.line(f"if (warp <= WARPS) values[i] = i < {product.columns} ? fresh(x + i) : 0.0f;")
+            writer.line(f"if (warp <= WARPS) first_threads_barrier({readers});")
         with writer.block("if (warp == WARPS)"):
             if product.factor:
                 f = product.factor
@@ -158,8 +159,11 @@ def _text(product: Product, epilogue: Epilogue) -> str:
                 writer.line(f"float factor = factor_from_parts<{-(-f.parts // 32)}>(square_sums, {arguments});")
                 writer.line("if (lane == 0) shared_factor = factor;")
             epilogue.after_wait(writer)
-        with writer.block("else"):
-            _tiles(product, writer, refills or not programmatic)
+        with writer.block("else if (warp < WARPS)" if product.loads_ahead else "else"):
+            _tiles(product, writer)
+        if product.refill:
+            with writer.block("else"):
+                writer.lines(product.refill)
         writer.line("__syncthreads();")
         writer.line()
         writer.line("// 4. One thread a row.")
@@ -174,32 +178,131 @@ def _text(product: Product, epilogue: Epilogue) -> str:
     return writer.text()
 
 
-def _tiles(product: Product, writer: Writer, refills: bool) -> None:
-    """Part 3: the warp's slice of the activations, then its items one after the other."""
+def _load_ahead(product: Product, writer: Writer, idle: bool) -> None:
+    """One thread of the last warp fills a team's ring, the first stages ahead of the kernel's turn."""
+    writer.lines("""
+        if (warp < WARPS && lane == 0)
+            for (int stage = column_warp; stage < DEPTH; stage += COLUMN_WARPS)
+                TeamRing::open(barriers + tile_warp * 2 * DEPTH, stage);
+        __syncthreads();
+    """)
+    refilled = product.stages > product.shape.depth
+    with writer.block("auto fill = [&](int n, int place, int turn)", "};"):
+        writer.lines("""
+            const int tile = n / STEPS * TILE_WARPS + lane, from = n % STEPS * COLUMN_WARPS;
+            const int many = SUPERBLOCKS - from < COLUMN_WARPS ? SUPERBLOCKS - from : COLUMN_WARPS;
+            u64* const my_barriers = barriers + lane * 2 * DEPTH;
+            u8* target = shared_memory + (lane * DEPTH + place) * STAGE;
+            const u8* source;
+            int bytes;
+        """)
+        _tile_source(product, writer, _SOURCE)
+        if refilled:
+            writer.line("if (n >= DEPTH) TeamRing::wait_until_read(my_barriers, place, turn, target, STAGE);")
+        writer.line("TeamRing::fill(my_barriers, place, target, source, bytes, many);")
+    busy = " && blockIdx.x < GRID" if idle else ""
+    writer.lines(f"""
+        const bool fills = warp == WARPS + 1 && lane < TILE_WARPS{busy};
+        const int stages = fills ? items_of(lane) * STEPS : 0;
+        constexpr int AHEAD = {product.ahead};  // stages that may be under way before the kernel's turn
+        #pragma unroll 1
+        for (int n = 0; n < DEPTH && n < stages; n++) {{
+            if (n >= AHEAD) TeamRing::pace(barriers + lane * 2 * DEPTH, n - AHEAD);
+            fill(n, n, 0);
+        }}
+        __syncthreads();  // a warp that waits for the kernel before would hold up the one that paces
+    """)
+    product.refill = (
+        """
+        #pragma unroll 1
+        for (int n = DEPTH, place = 0, turn = 0; n < stages; n++) {
+            fill(n, place, turn);
+            if (++place == DEPTH) place = 0, turn ^= 1;
+        }
+        """
+        if refilled
+        else ""
+    )
+
+
+def _fetch(product: Product, writer: Writer) -> None:
+    """Without bulk copies each warp fetches what it will multiply."""
+    with writer.block("auto fetch = [&](int n)", "};"):
+        writer.lines("""
+            u8* target = shared_memory + (tile_warp * DEPTH + n % DEPTH) * STAGE;
+            const u8* source = weight0;
+            int bytes = 0;
+            const int tile = n / STEPS * TILE_WARPS + tile_warp, from = n % STEPS * COLUMN_WARPS + column_warp;
+        """)
+        with writer.block("if (n < items_of(tile_warp) * STEPS && from < SUPERBLOCKS)"):
+            writer.line("constexpr int many = 1;")
+            _tile_source(product, writer, _SOURCE)
+        writer.line("TeamRing::fetch(target + column_warp * bytes, source, bytes, lane);")
+    with writer.block("if (warp < WARPS)"):
+        writer.line("#pragma unroll 1")
+        writer.line("for (int n = 0; n < DEPTH; n++) fetch(n);")
+
+
+def _tiles(product: Product, writer: Writer) -> None:
+    """Part 3: the warp's slice of the activations, then its items one after the other.
+
+    Of a slice up to two superblocks stay in registers; of a longer one two are there, the next one on its way.
+    """
+    minimum = product.integer and any(row.name in ("q4_k", "q5_k") for row in product.types)
+    one = product.slice == 1
+    two = product.slice == 2
+    even = product.superblocks % product.shape.column_warps == 0
+    refilled = product.stages > product.shape.depth
     if product.integer:
-        writer.line("Digits<SLICE> slice;")
-        writer.line("slice.load(my_digits, my_factors, count);")
-        if any(row.name in ("q4_k", "q5_k") for row in product.types):
+        writer.line("Digits slice;")
+        writer.line("slice.load(my_digits, my_factors);")
+        if not one:
+            steps = "STEPS" if even else "(SUPERBLOCKS - 1 - column_warp) / COLUMN_WARPS + 1"
+            writer.line("Digits next;")
+        if not one and not two:
+            writer.lines(f"""
+                const int steps = {steps};
+                int coming = steps > 1 ? 1 : 0;  // the superblock that `next` holds
+                auto load_next = [&]() {{
+                    next.load(my_digits + coming * COLUMN_WARPS * 128, my_factors + coming * COLUMN_WARPS * 16);
+                }};
+                load_next();
+            """)
+        if two:
+            writer.line("const int second = COLUMN_WARPS + column_warp < SUPERBLOCKS ? COLUMN_WARPS : 0;")
+            writer.line("next.load(my_digits + second * 128, my_factors + second * 16);")
+        if minimum and (one or two):
             writer.line("slice.find_minimum_bias(lane);")
-    else:
-        writer.line("Floats slice;")
-        writer.line("slice.values = values + first * 256;")
+        if minimum and two:
+            writer.line("next.find_minimum_bias(lane);")
     writer.line()
     writer.line("// 3. Tiles: rows g and g + 8 of each, this warp's columns.")
+    writer.line("const int items = items_of(tile_warp);")
+    if product.loads_ahead:
+        writer.line("u64* const my_barriers = barriers + tile_warp * 2 * DEPTH;")
+    writer.line("int n = 0, place = 0, turn = 0;  // stages so far, and where the next one lies in the ring")
     writer.line("#pragma unroll 1")
     with writer.block("for (int i = 0; i < items; i++)"):
         writer.line("const int tile = i * TILE_WARPS + tile_warp;")
         writer.line("float low = 0.0f, high = 0.0f;")
-        with writer.block("for_each<PIECES>([&](auto piece)", "});"):
-            writer.lines("""
-                const int n = i * PIECES + piece.index;
-                const u8* stage = ring + (n % DEPTH) * STAGE;
-                Ring<DEPTH>::wait(barriers, n % DEPTH, n / DEPTH, lane);
-            """)
-            _tile_product(product, writer)
-            if refills:
-                writer.line("Ring<DEPTH>::release();")
+        writer.line("#pragma unroll 1")
+        with writer.block("for (int s = 0; s < STEPS; s++, n++)"):
+            writer.line("const u8* stage = shared_memory + (tile_warp * DEPTH + place) * STAGE;")
+            if product.loads_ahead:
+                writer.line("TeamRing::wait(my_barriers, place, turn);")
+            else:
+                writer.line("TeamRing::wait_for_copies();")
+            if even:
+                _superblock(product, writer, minimum, one)
+            else:
+                with writer.block("if (s * COLUMN_WARPS + column_warp < SUPERBLOCKS)"):
+                    _superblock(product, writer, minimum, one)
+            if not product.loads_ahead:
+                writer.line("__syncwarp();")
                 writer.line("fetch(n + DEPTH);")
+            elif refilled:
+                writer.line("TeamRing::give_back(my_barriers, place, lane);")
+            writer.line("if (++place == DEPTH) place = 0, turn ^= 1;")
         writer.lines("""
             low = lanes_sum(low, 4);
             high = lanes_sum(high, 4);
@@ -207,6 +310,27 @@ def _tiles(product: Product, writer: Writer, refills: bool) -> None:
                 partial[column_warp * ROWS + tile * 16 + (lane >> 2)] = low;
                 partial[column_warp * ROWS + tile * 16 + 8 + (lane >> 2)] = high;
             }
+        """)
+
+
+def _superblock(product: Product, writer: Writer, minimum: bool, one: bool) -> None:
+    """One superblock of a tile, and the activations of the warp's next one."""
+    if not product.integer:
+        writer.line("const Floats slice = {values + (s * COLUMN_WARPS + column_warp) * 256};")
+    elif minimum and product.slice > 2:
+        writer.line("slice.find_minimum_bias(lane);")
+    _tile_product(product, writer)
+    if product.integer and product.slice == 2:
+        writer.lines("""
+            const Digits used = slice;
+            slice = next;
+            next = used;
+        """)
+    if product.integer and product.slice > 2:
+        writer.lines("""
+            slice = next;
+            coming = coming + 1 < steps ? coming + 1 : 0;
+            if (n + 2 < items * STEPS) load_next();  // what nobody will use would hold up the warp's end
         """)
 
 
@@ -234,26 +358,20 @@ def _tile_source(product: Product, writer: Writer, template: str) -> None:
 
 
 def _tile_product(product: Product, writer: Writer) -> None:
-    """`low` and `high` of an item, by its weight's type: equal types share one loop."""
+    """`low` and `high` of a superblock, by its weight's type: equal types share one call."""
 
-    def loop(struct: str) -> None:
-        writer.line("#pragma unroll")
-        with writer.block("for (int s = 0; s < PIECE; s++)"):
-            guard = "" if product.superblocks % product.slice == 0 else "if (s < count) "
-            dot = f"{struct}::dot(stage + s * {struct}::BYTES, slice, piece.index * PIECE + s, lane, low, high);"
-            writer.line(guard + dot)
+    def dot(struct: str) -> str:
+        return f"{struct}::dot(stage + column_warp * {struct}::BYTES, slice, lane, low, high);"
 
     structs = [row.struct for row in product.types]
     if len(set(structs)) == 1:
-        loop(structs[0])
+        writer.line(dot(structs[0]))
         return
     if product.tiles_per_unit == 2:
-        with writer.block("if ((tile & 1) == 0)"):
-            loop(structs[0])
-        with writer.block("else"):
-            loop(structs[1])
+        writer.line(f"if ((tile & 1) == 0) {dot(structs[0])}")
+        writer.line(f"else {dot(structs[1])}")
         return
-    writer.line("int unit = blockIdx.x + tile * GRID;")
+    writer.line("const int unit = blockIdx.x + tile * GRID;")
     runs: list[tuple[str, int]] = []
     end = 0
     for weight, struct in zip(product.weights, structs, strict=True):
@@ -264,5 +382,4 @@ def _tile_product(product: Product, writer: Writer) -> None:
             runs.append((struct, end))
     for index, (struct, stop) in enumerate(runs):
         head = f"if (unit < {stop})" if index == 0 else "else" if index == len(runs) - 1 else f"else if (unit < {stop})"
-        with writer.block(head):
-            loop(struct)
+        writer.line(f"{head} {dot(struct)}")

@@ -36,6 +36,7 @@ class _Lowering:
         self.states = {param.name for param in graph.params if param.kind == "state"}
         self.ctx = graph.param("log").type.shape[0]
         self.last_use = self._last_uses()
+        self.products = 0
         for param in graph.params:
             self._place_param(param.kind, param.value)
 
@@ -69,6 +70,10 @@ class _Lowering:
     def in_place(self, result: Value, state: Value) -> str:
         self._settle(result, self.where[state.name])
         return self.where[state.name]
+
+    def next_product(self) -> int:
+        self.products += 1
+        return self.products - 1
 
     def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
         full = f"scratch.{name}"
@@ -170,6 +175,7 @@ def lower(graph: Graph, target: Target, shapes: dict[str, dict[str, int]] | None
             block=item.block,
             shared_bytes=item.shared_bytes,
             programmatic=target.programmatic and position > 0,
+            cluster=item.cluster,
             bytes_read=item.bytes_read,
             bytes_written=item.bytes_written,
             cache_bytes_per_position=item.cache_bytes_per_position,

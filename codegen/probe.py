@@ -9,21 +9,29 @@ PROBE_THREADS = 512
 
 
 def probe_kernel() -> Kernel:
-    """read_bandwidth(data, count, out): reads `count` 16-byte words once, 8 in flight a thread."""
+    """read_bandwidth(data, count, passes, out): reads `count` 16-byte words `passes` times, 4 in flight a thread.
+
+    Several passes in one launch, so that its start and end do not count.
+    """
     text = f"""#include "{HEADER_NAME}"
-// {PROBE_NAME}: plain 16-byte loads, 8 in flight a thread; the sum is written so that no load can be dropped.
-extern "C" __global__ void __launch_bounds__({PROBE_THREADS}) {PROBE_NAME}(const uint4* data, u64 count, u32* out) {{
+// {PROBE_NAME}: plain 16-byte loads, 4 in flight a thread; the sum is written so that no load can be dropped.
+extern "C" __global__ void __launch_bounds__({PROBE_THREADS}) {PROBE_NAME}(
+    const uint4* data, u64 count, int passes, u32* out) {{
     u32 sum = 0;
     const u64 stride = (u64)gridDim.x * {PROBE_THREADS};
-    u64 i = (u64)blockIdx.x * {PROBE_THREADS} + threadIdx.x;
-    for (; i + 7 * stride < count; i += 8 * stride) {{
-        uint4 v[8];
-#pragma unroll
-        for (int k = 0; k < 8; k++) v[k] = from_earlier_step(data + i + k * stride);
-#pragma unroll
-        for (int k = 0; k < 8; k++) sum += v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+    #pragma unroll 1
+    for (int pass = 0; pass < passes; pass++) {{
+        u64 i = (u64)blockIdx.x * {PROBE_THREADS} + threadIdx.x;
+        #pragma unroll 1
+        for (; i + 3 * stride < count; i += 4 * stride) {{
+            uint4 v[4];
+            #pragma unroll
+            for (int k = 0; k < 4; k++) v[k] = from_earlier_step(data + i + k * stride);
+            #pragma unroll
+            for (int k = 0; k < 4; k++) sum += v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+        }}
+        for (; i < count; i += stride) sum += from_earlier_step(data + i).x;
     }}
-    for (; i < count; i += stride) sum += from_earlier_step(data + i).x;
     if (sum == 0x12345678u) *out = sum;
 }}
 """

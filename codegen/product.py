@@ -9,6 +9,8 @@ from .emission import Context, Factor
 from .shapes import ProductShape
 from .weight_types import WeightType, padded_columns, superblocks
 
+IN_FLIGHT = 32 * 1024  # bytes that a block has under way ahead of its turn, about: enough to keep the memory busy
+
 
 @dataclass
 class Product:
@@ -16,6 +18,7 @@ class Product:
 
     node: Node
     ctx: Context
+    number: int
     weights: tuple[Value, ...]
     types: tuple[WeightType, ...]
     factor: Factor | None
@@ -25,6 +28,7 @@ class Product:
     shape: ProductShape
     parameters: list[str]
     args: list[str | int]
+    refill: str = ""
 
     def take(self, declaration: str, arg: str | int) -> None:
         self.parameters.append(declaration)
@@ -43,14 +47,30 @@ class Product:
         return -(-self.superblocks // self.shape.column_warps)
 
     @property
-    def piece(self) -> int:
-        """Superblocks of a ring stage."""
-        return self.slice // self.shape.pieces
+    def threads(self) -> int:
+        """The product's warps, one that runs errands (factor, residual, whatever the epilogue needs), and where bulk
+        copies can be asked for by any warp, one that asks for all weights ahead."""
+        return self.shape.threads + (64 if self.loads_ahead else 32)
 
     @property
-    def threads(self) -> int:
-        """The product's warps, and one that runs errands: factor, residual, whatever the epilogue needs."""
-        return self.shape.threads + 32
+    def loads_ahead(self) -> bool:
+        return self.ctx.target.programmatic
+
+    @property
+    def stages(self) -> int:
+        """Ring stages that a team of warps goes through, at most."""
+        return -(-self.tiles_per_block // self.shape.tile_warps) * self.slice
+
+    @property
+    def ahead(self) -> int:
+        """Ring stages of each team of warps that may be under way at once while the kernel waits for its turn."""
+        return max(1, -(-IN_FLIGHT // (self.shape.warps * self.widest)))
+
+    @property
+    def launched(self) -> int:
+        """Blocks of the launch: one a multiprocessor at least, so that every kernel of the step takes the same places
+        (`Target.place_bytes`); those from `shape.grid` on have no rows."""
+        return max(self.shape.grid, self.ctx.target.sm_count if self.ctx.target.places else 0)
 
     @property
     def tiles_per_block(self) -> int:
@@ -65,12 +85,12 @@ class Product:
     def shared(self) -> SharedLayout:
         """Where things lie in the block's dynamic shared memory."""
         shape = self.shape
-        ring = shape.warps * shape.depth * self.piece * self.widest
+        ring = shape.warps * shape.depth * self.widest
         barriers = -(-ring // 128) * 128
-        partial = barriers + -(-shape.warps * shape.depth * 8 // 16) * 16
-        floats = partial + shape.column_warps * self.tiles_per_block * 16 * 4
-        total = floats + (0 if self.integer else padded_columns(self.columns) * 4)
-        return SharedLayout(barriers, partial, floats, total)
+        partial = barriers + shape.tile_warps * shape.depth * 16
+        activations_at = partial + shape.column_warps * self.tiles_per_block * 16 * 4
+        activations = 0 if self.integer else padded_columns(self.columns) * 4
+        return SharedLayout(barriers, partial, activations_at, activations_at + activations)
 
 
 @dataclass(frozen=True)
@@ -80,5 +100,5 @@ class SharedLayout:
 
     barriers: int
     partial: int
-    floats: int
+    activations: int
     total: int

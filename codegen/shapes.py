@@ -4,7 +4,7 @@ A product's rows are cut into *units* (one tile of 16 rows; for SwiGLU a tile of
 and the same tile of up). Unit u belongs to block u mod grid. Inside a block, `column_warps`
 warps share the columns of a tile (each a *slice* of whole superblocks) and `tile_warps`
 such teams take turns with the block's tiles. Each warp has a ring of `depth` stages in
-shared memory, one stage an *item*: its slice of one tile.
+shared memory, one stage a superblock of one tile.
 
 Measured on the GPU (docs/performance.md): everything that the ring can hold is requested
 before the kernel waits for the one before it, so a deep ring hides the memory; a small
@@ -18,26 +18,19 @@ from dataclasses import dataclass
 from ..ir.errors import UnsupportedModelError
 from .target import Target
 
-MAX_SLICE = 4  # superblocks a warp keeps in registers: 12 registers each
-MAX_WARPS = 16  # of the built-in shapes
-WARPS_OF_WIDE_SLICES = 15  # of the built-in shapes, where a warp has more than one superblock: 128 registers a thread
-MANY_WARPS = 20  # more leave too few registers to each thread: the assembler spills
-MOST_WARPS = 31  # that a block can have beside the errand warp
-RING_LIMIT = 112 * 1024  # bytes of ring a block: two kernels resident on an SM with 227 KB
+MAX_SLICE = 6  # superblocks of a row that one warp may multiply
+MOST_WARPS = 30  # that a block can have beside its helpers
+RING_LIMIT = 112 * 1024  # bytes of ring a block, where no place says so
+MOST_STAGES = 16  # of a warp
 
 
 @dataclass(frozen=True)
 class ProductShape:
-    """grid in blocks; warps per block = column_warps * tile_warps; depth in ring stages.
-
-    pieces: ring stages that an item is cut into, where a block's shared memory cannot hold
-    one item of each warp.
-    """
+    """grid in blocks; warps per block = column_warps * tile_warps; depth in ring stages a warp."""
 
     grid: int
     column_warps: int
     tile_warps: int
-    pieces: int
     depth: int
     units_per_block: int
 
@@ -58,41 +51,44 @@ def product_shape(
     target: Target,
     *,
     reserve: int = 0,
+    place: int = 0,
+    most_warps: int = 16,
     column_warps: int | None = None,
     tile_warps: int | None = None,
-    pieces: int | None = None,
-    ring_limit: int = RING_LIMIT,
+    ring_limit: int | None = None,
 ) -> ProductShape:
     """The shape of a product: the first that fits, of those that are likely to be fast.
 
     units, tiles_per_unit, superblocks: the matrix; superblock_bytes: of its widest weight
-    type; reserve: shared bytes that the kernel needs besides ring and partial sums.
-    column_warps, tile_warps, pieces, ring_limit: what tuning or a test asks for. UnsupportedModelError if
+    type; reserve: shared bytes that the kernel needs besides ring and partial sums; place: shared bytes that
+    it may take if it can, and most_warps warps that may multiply (`Target.place_bytes`, `Target.most_warps`).
+    column_warps, tile_warps, ring_limit: what tuning or a test asks for. UnsupportedModelError if
     nothing fits.
     """
-    problem = "is wider than kernels support (31744)"
-    for columns in (column_warps,) if column_warps is not None else _column_warps(superblocks):
+    limit = ring_limit or place or RING_LIMIT
+    problem = "is wider than kernels support (46080)"
+    for columns in (column_warps,) if column_warps is not None else _column_warps(superblocks, most_warps):
         slice_ = -(-superblocks // columns)
         if columns > superblocks or columns > MOST_WARPS or slice_ > MAX_SLICE or (columns - 1) * slice_ >= superblocks:
             continue
         problem = f"needs more shared memory than {target.arch} has"
         per_block = _units_per_block(units, tiles_per_unit, columns, target)
         tiles = per_block * tiles_per_unit
-        room = target.shared_bytes - reserve - _row_bytes(columns) * tiles * 16 - 256
-        most = (MAX_WARPS if slice_ == 1 else WARPS_OF_WIDE_SLICES) // columns
-        wanted = tile_warps if tile_warps is not None else max(1, min(most, tiles // 2))
-        for turns in range(wanted, 0, -1) if tile_warps is None else (wanted,):
-            warps = columns * turns
-            if warps > MOST_WARPS:
-                continue
-            for cuts in _pieces(superblocks, columns, slice_):
-                if pieces not in (None, cuts):
-                    continue
-                stage = warps * (slice_ // cuts if cuts > 1 else slice_) * superblock_bytes
-                items = -(-tiles // turns) * cuts
-                depth = max(1, min(items, 8, min(ring_limit, room - warps * 64) // stage))
-                if depth * stage <= room - warps * 64:
-                    return ProductShape(-(-units // per_block), columns, turns, cuts, depth, per_block)
+        taken = reserve + _row_bytes(columns) * tiles * 16 + 256
+        most = most_warps // columns
+        wanted = tile_warps if tile_warps is not None else max(1, min(most, tiles))
+        tried = [
+            (total, turns)
+            for total in ((place, target.shared_bytes) if place else (target.shared_bytes,))
+            for turns in (range(wanted, 0, -1) if tile_warps is None else (wanted,))
+            if columns * turns <= MOST_WARPS
+        ]
+        for total, turns in tried:
+            stage = columns * turns * superblock_bytes
+            room = total - taken - turns * 16 * MOST_STAGES
+            depth = max(1, min(-(-tiles // turns) * slice_, MOST_STAGES, min(limit, room) // stage))
+            if depth * stage <= room:
+                return ProductShape(-(-units // per_block), columns, turns, depth, per_block)
     raise UnsupportedModelError(f"a product over {superblocks * 256} columns {problem}")
 
 
@@ -104,26 +100,22 @@ def _units_per_block(units: int, tiles_per_unit: int, column_warps: int, target:
     return per_block
 
 
-def _pieces(superblocks: int, column_warps: int, slice_: int) -> list[int]:
-    """Even ways to cut a slice; one that is not as wide as the others stays whole, so that no stage is empty."""
-    if superblocks % column_warps:
-        return [1]
-    return [pieces for pieces in range(1, slice_ + 1) if slice_ % pieces == 0]
-
-
 def _row_bytes(column_warps: int) -> int:
     """Shared bytes for each row of a block: a partial sum a warp, and what an epilogue fetches early (two numbers)."""
     return (column_warps + 2) * 4
 
 
-def _column_warps(superblocks: int) -> list[int]:
-    """Warps that may share a tile's columns, the likely fastest first: even slices of at most 2 superblocks.
+def _column_warps(superblocks: int, most: int) -> list[int]:
+    """Warps that may share a tile's columns, the likely fastest first: about eight, with even slices if there are such.
 
     Fewer superblocks a warp mean a shorter chain of work between the wait and the exit, which is what a step
-    is made of; measured on an H200, three superblocks a warp cost 10 to 30 us a step more than two. Many warps leave
-    few registers to each (`MANY_WARPS`, `WARPS_OF_WIDE_SLICES`).
+    is made of; but with more than `most` the kernels of a step cannot share a multiprocessor.
     """
-    even = [w for w in range(1, MOST_WARPS + 1) if superblocks % w == 0 and superblocks // w <= MAX_SLICE]
-    order = sorted(even, key=lambda w: (w > MANY_WARPS, max(superblocks // w, 2), w < 4, abs(w - 8), w))
-    uneven = [-(-superblocks // slice_) for slice_ in (3, MAX_SLICE)]
-    return order + [w for w in uneven if w <= MOST_WARPS]
+    shares = [w for w in range(1, MOST_WARPS + 1) if -(-superblocks // w) <= MAX_SLICE]
+
+    def cost(warps: int) -> tuple[bool, bool, int, bool, int, int]:
+        slice_ = -(-superblocks // warps)
+        crowded = warps > most
+        return crowded, superblocks % warps != 0, max(slice_, 2), warps < 4, abs(warps - 8), warps
+
+    return sorted(shares, key=cost)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..ir.errors import UsageError
+
+RESERVED_BYTES = 1024  # of shared memory that the driver takes for each resident block
+STATIC_BYTES = 512  # of static shared memory that a product may have
+ATTENTION_BYTES = 51200  # that attention's block takes in all
+EVEN_SHARE = 65  # percent of two products' shared memory: qkv, gate and up, the head; the others o and down
+EVEN_WARPS, ODD_WARPS = 3, 3  # of a product's block that one of a multiprocessor's four schedulers may have
+PLACE_REGISTERS = 72  # a thread; attention may have what is left
 
 
 @dataclass(frozen=True)
@@ -16,15 +23,52 @@ class Target:
     shared_bytes    shared memory that one block may ask for, bytes (CUDA C Programming
                     Guide, table of technical specifications).
     programmatic    has programmatic launch (griddepcontrol) and bulk copies.
+    cluster         blocks that can reach each other's shared memory; 1 where there are no clusters.
+    places          the step's products take turns with two places on each multiprocessor, see `place_bytes`.
     """
 
     arch: str
     sm_count: int
     shared_bytes: int
     programmatic: bool
+    cluster: int = 1
+    places: bool = False
 
     def with_sm_count(self, sm_count: int) -> Target:
-        return Target(self.arch, sm_count, self.shared_bytes, self.programmatic)
+        return replace(self, sm_count=sm_count)
+
+    def plain(self) -> Target:
+        """The same GPU class without what came with compute capability 9.0: programmatic launch, clusters, places."""
+        return replace(self, programmatic=False, cluster=1, places=False)
+
+    @property
+    def registers(self) -> int:
+        """The most registers a thread of a product or of attention may have, or 0 for no such bound.
+
+        Two products and attention share a multiprocessor. Its registers belong to its four schedulers, and a block's
+        warps are dealt out to them: at most three to each of an even product, four of an odd one, one of attention.
+        """
+        return PLACE_REGISTERS if self.places else 0
+
+    def most_warps(self, number: int) -> int:
+        """Warps that multiply in the block of product number `number`; two helpers come with them."""
+        return (4 * EVEN_WARPS, 4 * ODD_WARPS)[number % 2] - 2 if self.places else 16
+
+    def place_bytes(self, number: int) -> int:
+        """Dynamic shared memory that the block of a step's product number `number` takes, used or not; 0: no places.
+
+        While one product works, the next one is resident and fetches its weights. The hardware puts blocks where there
+        is room, and with sizes of their own, kernels were seen to crowd on 43 to 90 of 132 multiprocessors, two and
+        three blocks of one kernel on each (docs/performance.md, version 4). So every product has one block a
+        multiprocessor, and a second one fits nowhere: an even product is launched where an odd one is resident, and the
+        other way round, and both together leave room for one block of attention and nothing else.
+        """
+        if not self.places:
+            return 0
+        both = self.shared_bytes + RESERVED_BYTES - ATTENTION_BYTES
+        even = both * EVEN_SHARE // 100
+        each = even if number % 2 == 0 else both - even
+        return (each - RESERVED_BYTES - STATIC_BYTES) // 128 * 128
 
 
 TARGETS: dict[str, Target] = {
@@ -33,10 +77,10 @@ TARGETS: dict[str, Target] = {
         Target("sm_80", 108, 163 * 1024, False),
         Target("sm_86", 82, 99 * 1024, False),
         Target("sm_89", 76, 99 * 1024, False),
-        Target("sm_90a", 132, 227 * 1024, True),
-        Target("sm_100", 148, 227 * 1024, True),
-        Target("sm_120", 170, 99 * 1024, True),
-        Target("host", 4, 227 * 1024, True),
+        Target("sm_90a", 132, 227 * 1024, True, 8, True),
+        Target("sm_100", 148, 227 * 1024, True, 8, True),
+        Target("sm_120", 170, 99 * 1024, True, 8),
+        Target("host", 4, 227 * 1024, True, 4, True),
     )
 }
 

@@ -43,11 +43,15 @@ class Writer:
         return "\n".join(self._lines) + "\n"
 
 
-def signature(threads: int, parameters: Sequence[str]) -> str:
-    """The head of a kernel, parameters on as many lines as they need; KERNEL stands for its name."""
+def signature(threads: int, parameters: Sequence[str], registers: int = 0) -> str:
+    """The head of a kernel, parameters on as many lines as they need; KERNEL stands for its name.
+
+    registers: the most that a thread may have, so that blocks share a multiprocessor; 0: as the block's size allows.
+    """
     lines = textwrap.wrap(", ".join(parameters), 110, break_long_words=False)
     inner = "\n    ".join(lines)
-    return f'extern "C" __global__ void __launch_bounds__({threads}) KERNEL(\n    {inner})'
+    bounds = f"REGISTERS({threads}, {registers})" if registers else f"__launch_bounds__({threads})"
+    return f'extern "C" __global__ void {bounds} KERNEL(\n    {inner})'
 
 
 def c_float(value: float) -> str:

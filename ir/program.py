@@ -57,6 +57,7 @@ class Launch:
     grid, block   blocks and threads (x only).
     shared_bytes  dynamic shared memory.
     programmatic  launched with a programmatic edge: it waits inside the kernel.
+    cluster       blocks that run side by side and reach each other's shared memory; 1 for none.
     bytes_read    bytes of weights and activations read from device memory per step at
                   position 0; the cache's share is `cache_bytes_per_position`.
     bytes_written bytes of large results (logits that are drawn from); vectors of a layer are a few kilobytes
@@ -70,6 +71,7 @@ class Launch:
     block: int
     shared_bytes: int = 0
     programmatic: bool = False
+    cluster: int = 1
     bytes_read: int = 0
     bytes_written: int = 0
     cache_bytes_per_position: int = 0

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -357,8 +357,8 @@ class _Opener:
             facts = driver.facts()
             arch = "host" if backend == "host" else arch_of_capability(*facts.capability)
             target = target_for(arch, facts.sm_count)
-            if backend == "host":  # PSIGRAPH_HOST_CAPABILITY below 90 tries out what older GPUs get
-                target = replace(target, programmatic=facts.capability >= (9, 0))
+            if backend == "host" and facts.capability < (9, 0):  # PSIGRAPH_HOST_CAPABILITY tries out older GPUs
+                target = target.plain()
             began = time.perf_counter()
             shapes = self._shapes(backend, facts)
             program = lower(fused, target, shapes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -47,18 +47,24 @@ class Tuned:
 
 
 def candidates(node: Node, target: Target) -> Iterator[dict[str, int]]:
-    """Shapes worth trying for a product: every even way to share its columns and tiles over 4 to 24 warps."""
+    """Shapes worth trying for a product: ways to share its columns and tiles over 4 to 24 warps.
+
+    Where kernels take places on the multiprocessors the ring fills its place; elsewhere its size is tried too.
+    """
     weight = next(value for value in node.ins if len(value.type.shape) == 2)
     columns = superblocks(weight.type.shape[1])
+    limits = () if target.places else tuple(limit for limit in RING_LIMITS if limit * 1024 < target.shared_bytes)
     for column_warps in range(1, min(columns, 24) + 1):
         if columns % column_warps or columns // column_warps > MAX_SLICE:
             continue
         for tile_warps in (1, 2, 3, 4):
             if not 4 <= column_warps * tile_warps <= 24 and columns >= 4:
                 continue
-            for limit in RING_LIMITS:
-                if limit * 1024 < target.shared_bytes:
-                    yield {"column_warps": column_warps, "tile_warps": tile_warps, "ring_limit": limit * 1024}
+            shape = {"column_warps": column_warps, "tile_warps": tile_warps}
+            for limit in limits:
+                yield {**shape, "ring_limit": limit * 1024}
+            if not limits:
+                yield shape
 
 
 def target_of(session: Session) -> Target:
@@ -66,7 +72,7 @@ def target_of(session: Session) -> Target:
     if session.program is None:
         raise UsageError("the backend cpu runs no kernels: there is nothing to tune")
     target = target_for(str(session.program.notes["arch"]), session.program.sm_count)
-    return replace(target, programmatic=session.program.programmatic)
+    return target if session.program.programmatic else target.plain()
 
 
 def tune(session: Session, target: Target, limit_s: float = LIMIT_S, report: Report | None = None) -> Tuned:

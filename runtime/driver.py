@@ -22,6 +22,7 @@ ADVICE = {
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver and its library differ in version; reboot or reinstall the driver",
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the kernels were compiled for another GPU; clear the kernel cache",
 }
+PORTABLE_CLUSTER = 8  # blocks: what every GPU with clusters can run (CUDA C Programming Guide, thread block clusters)
 OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 LOWER = "lower --ctx, use a smaller model, or free the GPU (nvidia-smi shows who holds it)"
 
@@ -113,8 +114,8 @@ class Driver:
                 f"{what} needs {mebibytes(nbytes)} of GPU memory, cuMemAlloc found less free ({self._free()}); {LOWER}"
             ) from None
 
-    def load_kernel(self, image: bytes, name: str, dynamic_shared: int = 0) -> tuple[Any, Any]:
-        """(module, function), with its dynamic shared memory allowed."""
+    def load_kernel(self, image: bytes, name: str, dynamic_shared: int = 0, cluster: int = 1) -> tuple[Any, Any]:
+        """(module, function), with its dynamic shared memory and clusters of its size allowed."""
         module = self.call("cuModuleLoadData", image)
         try:
             function = self.call("cuModuleGetFunction", module, name.encode())
@@ -122,6 +123,10 @@ class Driver:
             if dynamic_shared > 48 * 1024:
                 limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self.call("cuFuncSetAttribute", function, limit, dynamic_shared)
+            if cluster > PORTABLE_CLUSTER:
+                self.call(
+                    "cuFuncSetAttribute", function, attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1
+                )
             carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             self.call("cuFuncSetAttribute", function, carveout, 100)
         except BaseException:
@@ -138,8 +143,9 @@ class Driver:
         stream: Any,
         args: Sequence[tuple[int, type]],
         programmatic: bool = False,
+        cluster: int = 1,
     ) -> None:
-        """Launch a kernel; args are (value, ctypes type) pairs."""
+        """Launch a kernel; args are (value, ctypes type) pairs; cluster: blocks that run side by side."""
         api = self.api
         config = api.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
@@ -151,6 +157,11 @@ class Driver:
             attribute = api.CUlaunchAttribute()
             attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        if cluster > 1:
+            attribute = api.CUlaunchAttribute()
+            attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = cluster, 1, 1
             attributes.append(attribute)
         config.attrs = attributes
         config.numAttrs = len(attributes)

@@ -28,6 +28,7 @@ ALIGNMENT = 256
 CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
 END_TOKEN_SLOTS = 8
 PROBE = "read_bandwidth"
+PROBE_PASSES = 4  # over the weights in one launch
 
 
 @dataclass
@@ -102,9 +103,12 @@ class Engine:
 
     def _load_modules(self) -> None:
         started = time.perf_counter()
-        shared = {launch.kernel: launch.shared_bytes for launch in self.program.launches}
+        needs: dict[str, tuple[int, int]] = {}
+        for launch in self.program.launches:  # one kernel may be launched with more shared memory than elsewhere
+            shared, cluster = needs.get(launch.kernel, (0, 1))
+            needs[launch.kernel] = (max(shared, launch.shared_bytes), max(cluster, launch.cluster))
         for name, kernel in self.compiled.items():
-            module, function = self.driver.load_kernel(kernel.image, name, shared.get(name, 0))
+            module, function = self.driver.load_kernel(kernel.image, name, *needs.get(name, (0, 1)))
             self._modules.append(module)
             self._functions[name] = function
         self.timings.modules_s = time.perf_counter() - started
@@ -189,6 +193,7 @@ class Engine:
                 self._stream,
                 args,
                 launch.programmatic,
+                launch.cluster,
             )
         except DeviceError as error:  # out of memory too: half a step is no state to go on from
             self._failed = str(error)
@@ -423,6 +428,7 @@ class Engine:
         start = min(self._address[b.name] for b in weights)
         end = max(self._address[b.name] + b.nbytes for b in weights)
         count = (end - start) // 16
+        passes = 1 if self.program.notes["arch"] == "host" else PROBE_PASSES
         begin, done = self._event(), self._event()
         seconds = []
         for _ in range(repeats + 1):
@@ -430,13 +436,14 @@ class Engine:
             args = (
                 (start, ctypes.c_void_p),
                 (count, ctypes.c_ulonglong),
+                (passes, ctypes.c_int),
                 (self._address[self.program.buffers[-1].name], ctypes.c_void_p),
             )
             self.driver.launch(self._functions[PROBE], 4 * self.program.sm_count, 512, 0, self._stream, args)
             self._guard("cuEventRecord", done, self._stream)
             self._guard("cuEventSynchronize", done)
             seconds.append(float(self._guard("cuEventElapsedTime", begin, done)) / 1e3)
-        return count * 16 / float(np.median(seconds[1:]))
+        return count * 16 * passes / float(np.median(seconds[1:]))
 
     def step_times(self, count: int) -> np.ndarray:
         """Microseconds of `count` further steps, one event between each; float64[count]."""

@@ -15,6 +15,8 @@ OPTIONS = (
     "--ptxas-options=-v",
 )
 
+_BOUNDS = re.compile(r"(?:__launch_bounds__|REGISTERS)\((\d+)(?:, (\d+))?\)")
+
 
 @dataclass(frozen=True)
 class KernelResources:
@@ -41,16 +43,28 @@ def compile_kernel(source: str, name: str, arch: str) -> tuple[bytes, KernelReso
     source: device header and kernel; name: the entry; arch: `sm_90a`. CompileError carries the
     compiler's first error line.
 
-    The assembler sometimes spills a few bytes so that one block more may be resident. Told that one block
-    is enough it does not, so such a kernel is compiled again that way.
+    The assembler sometimes spills a few bytes so that one block more may be resident, or because the text asks for
+    few registers. Such a kernel is compiled again with a little more of them, and at last told that one block is
+    enough.
     """
     cubin, resources = _compile(source, name, arch)
-    if resources.spill_bytes or resources.stack_bytes:
-        roomy = re.sub(r"__launch_bounds__\((\d+)\)", r"__launch_bounds__(\1, 1)", source)
-        again, better = _compile(roomy, name, arch)
+    for bounds in _roomier(source):
+        if not resources.spill_bytes and not resources.stack_bytes:
+            break
+        again, better = _compile(_BOUNDS.sub(bounds, source), name, arch)
         if better.spill_bytes + better.stack_bytes < resources.spill_bytes + resources.stack_bytes:
-            return again, better
+            cubin, resources = again, better
     return cubin, resources
+
+
+def _roomier(source: str) -> list[str]:
+    """Bounds on registers to try instead of those of a text, one after the other."""
+    found = _BOUNDS.search(source)
+    if found is None:
+        return []
+    threads, most = int(found[1]), int(found[2] or 0)
+    steps = [f"REGISTERS({threads}, {most + more})" for more in (8, 16) if most]
+    return [*steps, f"__launch_bounds__({threads}, 1)"]
 
 
 def _compile(source: str, name: str, arch: str) -> tuple[bytes, KernelResources]:

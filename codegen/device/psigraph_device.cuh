@@ -16,6 +16,13 @@ typedef unsigned long long u64;
 #define DEVICE static __device__ __forceinline__
 #define METHOD __device__ __forceinline__
 #define FULL_WARP 0xffffffffu
+// A kernel of blocks of `threads`, each of which may use `most` registers. If those do not suffice, runtime/nvrtc.py
+// compiles the kernel again without that bound.
+#ifdef PSIGRAPH_HOST
+#define REGISTERS(threads, most)
+#else
+#define REGISTERS(threads, most) __maxnreg__(most)
+#endif
 
 // ---------------------------------------------------------------------------------------------------------
 // Numbers
@@ -93,6 +100,13 @@ struct Traced {
     }
 };
 
+// A barrier of the block's first `threads` threads, whole warps.
+#ifdef PSIGRAPH_HOST
+DEVICE void first_threads_barrier(int threads) { host::named_barrier(1, threads); }
+#else
+DEVICE void first_threads_barrier(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
+#endif
+
 // Loads that go to L2: what another SM wrote must not come from a stale line of this SM's L1.
 #ifdef PSIGRAPH_HOST
 template <class T> DEVICE T fresh(const T* p) { return host::fresh(p); }
@@ -144,64 +158,184 @@ template <int FROM, int TO, class BODY> DEVICE void for_range(BODY&& body) {
 template <int COUNT, class BODY> DEVICE void for_each(BODY&& body) { for_range<0, COUNT>(body); }
 
 // ---------------------------------------------------------------------------------------------------------
-// A warp's ring: weights on their way into shared memory. A stage is filled by one bulk copy (sm_90 and
-// later) or by 16-byte asynchronous copies of the whole warp (sm_80 to sm_89). All lanes call every function.
-// `Ring::issue` with bytes = 0 keeps the count of copies in step where there is nothing left to copy.
+// A ring of stages in shared memory for the weights of the warps that share a tile (READERS): a stage holds as many
+// superblocks as there are warps, one each. On sm_90 and later one thread of the block fills it by one bulk copy;
+// elsewhere each warp fetches its own superblock by 16-byte asynchronous copies, and bytes = 0 keeps the count
+// of copies in step where there is nothing left to copy.
+// barriers: 2 * DEPTH words of shared memory, DEPTH for stages that have arrived and DEPTH for those that were read.
 // ---------------------------------------------------------------------------------------------------------
 
 #ifdef PSIGRAPH_HOST
-template <int DEPTH> struct Ring {
-    DEVICE void open(u64* barriers, int lane) { host::bulk_open(barriers, lane, DEPTH); }
-    DEVICE void issue(u64* barriers, int stage, u8* target, const u8* source, int bytes, int lane) {
-        if (lane == 0 && bytes) host::bulk_issue(barriers + stage, target, source, bytes);
+template <int DEPTH, int READERS> struct Ring {
+    DEVICE void open(u64* barriers, int stage) { barriers[stage] = barriers[DEPTH + stage] = 0; }
+    DEVICE void fill(u64* barriers, int stage, u8* target, const u8* source, int bytes, int) { host::bulk_issue(barriers + stage, target, source, bytes); }
+    DEVICE void pace(u64*, int) {}
+    DEVICE void wait(u64* barriers, int stage, int turn) { host::bulk_wait(barriers + stage, turn); }
+    DEVICE void give_back(u64* barriers, int stage, int lane) {
+        host::warp_barrier();
+        if (lane == 0) host::stage_read(barriers + DEPTH + stage, READERS);
     }
-    DEVICE void wait(u64* barriers, int stage, int turn, int) { host::bulk_wait(barriers + stage, turn); }
-    DEVICE void release() { host::warp_barrier(); }
+    DEVICE void wait_until_read(u64* barriers, int stage, int turn, u8* target, int bytes) {
+        host::stage_free(barriers + DEPTH + stage, turn, target, bytes);
+    }
+    DEVICE void fetch(u8* target, const u8* source, int bytes, int lane) {
+        for (int at = lane * 16; at < bytes; at += 512) *(uint4*)(target + at) = *(const uint4*)(source + at);
+    }
+    DEVICE void wait_for_copies() { host::warp_barrier(); }
 };
 #elif __CUDA_ARCH__ >= 900
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-template <int DEPTH> struct Ring {
-    // barriers: DEPTH words of shared memory that belong to this warp.
-    DEVICE void open(u64* barriers, int lane) {
-        if (lane < DEPTH) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barriers + lane)) : "memory");
+DEVICE void wait_at_barrier(const u64* barrier, int turn) {
+    u32 address = shared_address(barrier), done = 0;
+    while (!done)
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(address), "r"(turn & 1)
+                     : "memory");
+}
+template <int DEPTH, int READERS> struct Ring {
+    // By any thread, before a barrier of the block.
+    DEVICE void open(u64* barriers, int stage) {
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barriers + stage)) : "memory");
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barriers + DEPTH + stage)), "n"(READERS) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncwarp();
     }
-    DEVICE void issue(u64* barriers, int stage, u8* target, const u8* source, int bytes, int lane) {
-        if (lane == 0 && bytes) {
-            u32 barrier = shared_address(barriers + stage);
-            asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(target)),
-                         "l"(source), "r"(bytes), "r"(barrier)
+    // In `pieces` copies: small ones of many multiprocessors take turns at the memory, large ones block each other.
+    DEVICE void fill(u64* barriers, int stage, u8* target, const u8* source, int bytes, int pieces) {
+        u32 barrier = shared_address(barriers + stage), to = shared_address(target);
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+        const int each = bytes / pieces;
+        for (int i = 0; i < pieces; i++, to += each, source += each)
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                         "l"(source), "r"(each), "r"(barrier)
                          : "memory");
-        }
     }
-    DEVICE void wait(u64* barriers, int stage, int turn, int) {
+    // Until the first copy to a stage has arrived, or a few microseconds have passed: whoever asks for more weights
+    // waits so, because requests that crowd the memory hold up the activations of the kernel at work.
+    DEVICE void pace(u64* barriers, int stage) {
         u32 barrier = shared_address(barriers + stage), done = 0;
-        while (!done)
-            asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                         : "=r"(done)
-                         : "r"(barrier), "r"(turn & 1)
-                         : "memory");
+        for (int tries = 0; !done && tries < 200; tries++)
+            asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(barrier) : "memory");
     }
-    DEVICE void release() { __syncwarp(); }
+    DEVICE void wait(u64* barriers, int stage, int turn) { wait_at_barrier(barriers + stage, turn); }
+    DEVICE void give_back(u64* barriers, int stage, int lane) {
+        __syncwarp();
+        if (lane == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barriers + DEPTH + stage)) : "memory");
+    }
+    DEVICE void wait_until_read(u64* barriers, int stage, int turn, u8*, int) { wait_at_barrier(barriers + DEPTH + stage, turn); }
 };
 #else
-template <int DEPTH> struct Ring {
-    DEVICE void open(u64*, int) {}
-    DEVICE void issue(u64*, int, u8* target, const u8* source, int bytes, int lane) {
+template <int DEPTH, int> struct Ring {
+    DEVICE void fetch(u8* target, const u8* source, int bytes, int lane) {
         u32 to = (u32)__cvta_generic_to_shared(target);
         for (int at = lane * 16; at < bytes; at += 512)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + at), "l"(source + at) : "memory");
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    DEVICE void wait(u64*, int, int, int) {
+    DEVICE void wait_for_copies() {
         asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
         __syncwarp();
     }
-    DEVICE void release() { __syncwarp(); }
 };
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// Blocks of a cluster (sm_90 and later): a barrier of all their threads, and values sent to the same place of another
+// block's dynamic shared memory. Who receives says how many bytes will come, before that barrier, and waits for them.
+// ---------------------------------------------------------------------------------------------------------
+
+#ifdef PSIGRAPH_HOST
+DEVICE void cluster_barrier() { host::cluster_barrier(); }
+DEVICE void expect_bytes(u64*, int) {}
+template <class T> DEVICE void send_to_block(T* mine, int rank, T value, u64*) { *host::map_shared(mine, rank) = value; }
+DEVICE void wait_for_bytes(u64*) { host::cluster_barrier(); }
+#elif __CUDA_ARCH__ >= 900
+DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE void expect_bytes(u64* barrier, int bytes) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+DEVICE u32 address_in_block(const void* mine, int rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(mine)), "r"(rank));
+    return there;
+}
+DEVICE void send_to_block(float4* mine, int rank, float4 value, u64* barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(address_in_block(mine, rank)),
+                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(address_in_block(barrier, rank))
+                 : "memory");
+}
+DEVICE void send_to_block(float2* mine, int rank, float2 value, u64* barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1,%2}, [%3];" ::"r"(address_in_block(mine, rank)),
+                 "f"(value.x), "f"(value.y), "r"(address_in_block(barrier, rank))
+                 : "memory");
+}
+DEVICE void wait_for_bytes(u64* barrier) { wait_at_barrier(barrier, 0); }
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// Half-precision products of attention: 16 rows x 16 columns of float16 times 16 x 8, float32 sums. A number is cut
+// into a high and a low half (float16 each), which stand in neighbouring columns.
+// ---------------------------------------------------------------------------------------------------------
+
+// Both halves of one number.
+DEVICE u32 both_halves(float value) {
+    u16 high = float_to_half(value);
+    return (u32)high | ((u32)float_to_half(value - half_to_float(high)) << 16);
+}
+
+// sums: row g columns 2 t and 2 t + 1, then row g + 8; a: rows g and g + 8 at columns 2 t, 2 t + 1, then both at
+// columns 2 t + 8, 2 t + 9; b: rows 2 t, 2 t + 1 of column g, then rows 2 t + 8, 2 t + 9.
+// transposed: lane (g, t) gives row g, columns 2 t and 2 t + 1 of 8 x 8 halves and gets rows 2 t and 2 t + 1 of column g.
+// load_transposed: `a` for the transpose of 16 rows (`row` halves apart) x 16 columns of shared memory.
+#ifdef PSIGRAPH_HOST
+DEVICE void dot_halves(float sums[4], const u32 a[4], const u32 b[2], int lane) { host::dot_halves(sums, a, b, lane); }
+DEVICE u32 transposed(u32 pair, int lane) {
+    int from = 8 * (lane & 3) + (lane >> 3), shift = 16 * ((lane >> 2) & 1);
+    u32 first = __shfl_sync(FULL_WARP, pair, from), second = __shfl_sync(FULL_WARP, pair, from + 4);
+    return ((first >> shift) & 0xffffu) | ((second >> shift) << 16);
+}
+DEVICE void load_transposed(u32 a[4], const u16* rows, int row, int lane) {
+    for (int i = 0; i < 4; i++) {
+        const u16* at = rows + (2 * (lane & 3) + 8 * (i >> 1)) * row + (lane >> 2) + 8 * (i & 1);
+        a[i] = (u32)at[0] | ((u32)at[row] << 16);
+    }
+}
+DEVICE void copy_16_bytes(u16* to, const u16* from) { *(uint4*)to = host::from_earlier_step((const uint4*)from); }
+DEVICE void end_of_copies() {}
+DEVICE void wait_for_copies_but_last() { __syncwarp(); }
+#else
+DEVICE void dot_halves(float sums[4], const u32 a[4], const u32 b[2], int) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE u32 transposed(u32 pair, int) {
+    u32 result;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+DEVICE void load_transposed(u32 a[4], const u16* rows, int row, int lane) {
+    const u16* mine = rows + ((lane & 7) + 8 * (lane >> 4)) * row + 8 * ((lane >> 3) & 1);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"((u32)__cvta_generic_to_shared(mine))
+                 : "memory");
+}
+// Copies on their way into shared memory, for the warp that asks for them: in sets, each closed by `end_of_copies`.
+DEVICE void copy_16_bytes(u16* to, const u16* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void wait_for_copies_but_last() {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+}
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
@@ -231,51 +365,36 @@ DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) {
 }
 #endif
 
-// The activations of one warp's slice of columns, held in registers, as lane (g, t) needs them.
+// The activations of 256 columns, held in registers as lane (g, t) needs them.
 // Of group t in chunk c: digits, scale, and bias = scale * the group's integers summed.
-// minimum_bias[2 s + k]: bias of the 32 columns that a 6-bit minimum covers, half t / 2 of chunk 2 (t % 2) + k.
-template <int SUPERBLOCKS> struct Digits {
-    u32 digits[4 * SUPERBLOCKS];
-    float scale[4 * SUPERBLOCKS], bias[4 * SUPERBLOCKS], minimum_bias[2 * SUPERBLOCKS];
-    // words, factors: those of the slice's first chunk that this lane reads, `first_word` and `first_factor` of the
-    // vector; chunks lie 128 and 32 bytes apart. Superblocks at `count` and after are zero.
-    METHOD void load(const u32* words, const float2* factors, int count) {
+// minimum_bias[k]: bias of the 32 columns that a 6-bit minimum covers, half t / 2 of chunk 2 (t % 2) + k.
+struct Digits {
+    u32 digits[4];
+    float scale[4], bias[4], minimum_bias[2];
+    // words, factors: those of the first chunk that this lane reads (`first_word`, `first_factor`); chunks lie 128 and
+    // 32 bytes apart.
+    METHOD void load(const u32* words, const float2* factors) {
 #pragma unroll
-        for (int c = 0; c < 4 * SUPERBLOCKS; c++) {
-            bool inside = c < 4 * count;
-            digits[c] = inside ? fresh(words + c * 32) : 0u;
-            float2 factor = inside ? fresh(factors + c * 4) : make_float2(0.0f, 0.0f);
+        for (int c = 0; c < 4; c++) {
+            digits[c] = fresh(words + c * 32);
+            float2 factor = fresh(factors + c * 4);
             scale[c] = factor.x;
             bias[c] = factor.y;
         }
     }
     // Only Q4_K and Q5_K need it.
     METHOD void find_minimum_bias(int lane) {
+        float of_half[4];
 #pragma unroll
-        for (int s = 0; s < SUPERBLOCKS; s++) {
-            float of_half[4];
-#pragma unroll
-            for (int c = 0; c < 4; c++) of_half[c] = bias[4 * s + c] + __shfl_xor_sync(FULL_WARP, bias[4 * s + c], 1);
-            minimum_bias[2 * s] = (lane & 1) ? of_half[2] : of_half[0];
-            minimum_bias[2 * s + 1] = (lane & 1) ? of_half[3] : of_half[1];
-        }
+        for (int c = 0; c < 4; c++) of_half[c] = bias[c] + __shfl_xor_sync(FULL_WARP, bias[c], 1);
+        minimum_bias[0] = (lane & 1) ? of_half[2] : of_half[0];
+        minimum_bias[1] = (lane & 1) ? of_half[3] : of_half[1];
     }
 };
 
-// Digits for one product. A wide slice must not keep its digits four times, masked for each group, in registers
-// from tile to tile (the compiler would, and spill): there they are masked anew each time.
-template <int SUPERBLOCKS> DEVICE u32 masked_here(u32 digits) {
-#ifndef PSIGRAPH_HOST
-    if constexpr (SUPERBLOCKS > 1) asm volatile("" : "+r"(digits));
-#endif
-    return digits;
-}
-
-// Where lane (g, t) starts to read a slice of an i8x2 vector of `columns` (padded) values: digits, then (scale, bias).
-DEVICE const u32* first_word(const u8* vector, int superblock, int lane) { return (const u32*)vector + superblock * 128 + lane; }
-DEVICE const float2* first_factor(const u8* vector, int columns, int superblock, int lane) {
-    return (const float2*)(vector + 2 * columns) + superblock * 16 + (lane & 3);
-}
+// Where lane (g, t) starts to read a superblock of an i8x2 vector: digits, then (scale, bias).
+DEVICE const u32* first_word(const u8* digits, int superblock, int lane) { return (const u32*)digits + superblock * 128 + lane; }
+DEVICE const float2* first_factor(const u8* factors, int superblock, int lane) { return (const float2*)factors + superblock * 16 + (lane & 3); }
 
 // The activations of a warp's slice for weights that are floating-point numbers: float32 in shared memory.
 struct Floats {
@@ -321,8 +440,8 @@ struct SixBit {
 };
 
 // What Q4_K and Q5_K share: value = d * scale * quant - dmin * minimum. QUANTS::HIGH: what its high rows are multiplied with.
-template <class QUANTS, int SUPERBLOCKS>
-DEVICE void dot_with_minimum(const u8* superblock, const u8* header, const Digits<SUPERBLOCKS>& x, int s, int lane, float& low_row, float& high_row) {
+template <class QUANTS>
+DEVICE void dot_with_minimum(const u8* superblock, const u8* header, const Digits& x, int lane, float& low_row, float& high_row) {
     SixBit six;
     six.load(header, lane >> 2, (lane >> 1) & 1);
     float low = 0.0f, high = 0.0f;
@@ -331,12 +450,12 @@ DEVICE void dot_with_minimum(const u8* superblock, const u8* header, const Digit
         u32 weights[8];
         QUANTS::unpack(weights, superblock, c, lane);
         int sums[4] = {0, 0, 0, 0};
-        dot_chunk(sums, weights, masked_here<SUPERBLOCKS>(x.digits[4 * s + c]), lane);
-        low += x.scale[4 * s + c] * (float)((int)byte_of_word(six.low_scales, c) * integer_sum(sums));
-        high += x.scale[4 * s + c] * byte_to_float(six.high_scales, c) * (float)integer_sum(sums + 2);
+        dot_chunk(sums, weights, x.digits[c], lane);
+        low += x.scale[c] * (float)((int)byte_of_word(six.low_scales, c) * integer_sum(sums));
+        high += x.scale[c] * byte_to_float(six.high_scales, c) * (float)integer_sum(sums + 2);
     }
     u32 low_minima = six.low_minima >> ((lane & 1) * 16), high_minima = six.high_minima >> ((lane & 1) * 16);
-    float first = x.minimum_bias[2 * s], second = x.minimum_bias[2 * s + 1];
+    float first = x.minimum_bias[0], second = x.minimum_bias[1];
     low_row += six.low_d.x * low - six.low_d.y * (byte_to_float(low_minima, 0) * first + byte_to_float(low_minima, 1) * second);
     high_row += six.high_d.x * (1.0f / QUANTS::HIGH) * high - six.high_d.y * (byte_to_float(high_minima, 0) * first + byte_to_float(high_minima, 1) * second);
 }
@@ -354,8 +473,8 @@ struct Q4K {
     static constexpr int BYTES = 2304, HIGH = 16;
     static constexpr bool MINIMUM = true;
     DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) { spread_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]); }
-    template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
-        dot_with_minimum<Q4K>(superblock, superblock + 2048, x, s, lane, low_row, high_row);
+    DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
+        dot_with_minimum<Q4K>(superblock, superblock + 2048, x, lane, low_row, high_row);
     }
     DEVICE float element(const u8* superblock, int row, int column) {
         return value_with_minimum(superblock + 2048, nibble_at(superblock, row, column), row, column);
@@ -376,8 +495,8 @@ struct Q5K {
             weights[i] = (nibbles & 0x0f0f0f0fu) | ((i < 4 ? bits << (4 - i) : bits >> (i - 4)) & 0x10101010u);
         }
     }
-    template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
-        dot_with_minimum<Q5K>(superblock, superblock + 2560, x, s, lane, low_row, high_row);
+    DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
+        dot_with_minimum<Q5K>(superblock, superblock + 2560, x, lane, low_row, high_row);
     }
     DEVICE float element(const u8* superblock, int row, int column) {
         int lane = (row & 7) * 4 + ((column >> 2) & 3);
@@ -394,7 +513,7 @@ struct Q5K {
 struct Q6K {
     static constexpr int BYTES = 3360;
     static constexpr bool MINIMUM = false;
-    template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
+    DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
         uint4 first = ((const uint4*)(superblock + 2048))[lane], second = ((const uint4*)(superblock + 2560))[lane];
         const u32 bits[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
         uint2 scales = ((const uint2*)(superblock + 3072))[lane];
@@ -405,7 +524,7 @@ struct Q6K {
             u32 weights[8];
             spread_nibbles(weights, ((const uint4*)superblock)[c * 32 + lane]);
             int nibbles[4] = {0, 0, 0, 0}, highs[4] = {0, 0, 0, 0};
-            u32 digits = masked_here<N>(x.digits[4 * s + c]);
+            u32 digits = x.digits[c];
             dot_chunk(nibbles, weights, digits, lane);
 #pragma unroll
             for (int i = 0; i < 8; i++) weights[i] = bits[i] & (0x03030303u << (2 * c));
@@ -414,7 +533,7 @@ struct Q6K {
             constexpr int UP[4] = {16, 4, 1, 1}, DOWN[4] = {1, 1, 1, 4};
             int low_sum = DOWN[c] * integer_sum(nibbles) + UP[c] * integer_sum(highs);
             int high_sum = integer_sum(nibbles + 2) + (256 >> (2 * c)) * integer_sum(highs + 2);
-            float scale = x.scale[4 * s + c], zero = 32.0f * x.bias[4 * s + c];
+            float scale = x.scale[c], zero = 32.0f * x.bias[c];
             low += signed_byte_to_float(scales.x, c) * (scale * (1.0f / DOWN[c]) * (float)low_sum - zero);
             high += signed_byte_to_float(scales.y, c) * (scale * (1.0f / 16.0f) * (float)high_sum - zero);
         }
@@ -435,7 +554,7 @@ struct Q6K {
 struct Q80 {
     static constexpr int BYTES = 4352;
     static constexpr bool MINIMUM = false;
-    template <int N> DEVICE void dot(const u8* superblock, const Digits<N>& x, int s, int lane, float& low_row, float& high_row) {
+    DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
         const uint4* scales = (const uint4*)(superblock + 4096);
         uint4 low_scales = scales[lane >> 2], high_scales = scales[(lane >> 2) + 8];
         const u32 low_words[4] = {low_scales.x, low_scales.y, low_scales.z, low_scales.w};
@@ -446,8 +565,8 @@ struct Q80 {
             uint4 a = ((const uint4*)superblock)[(c * 2) * 32 + lane], b = ((const uint4*)superblock)[(c * 2 + 1) * 32 + lane];
             const u32 weights[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
             int sums[4] = {0, 0, 0, 0};
-            dot_chunk(sums, weights, masked_here<N>(x.digits[4 * s + c]), lane);
-            float scale = x.scale[4 * s + c], zero = 128.0f * x.bias[4 * s + c];
+            dot_chunk(sums, weights, x.digits[c], lane);
+            float scale = x.scale[c], zero = 128.0f * x.bias[c];
             low_row += half_to_float((u16)(low_words[c] >> shift)) * (scale * (float)integer_sum(sums) - zero);
             high_row += half_to_float((u16)(high_words[c] >> shift)) * (scale * (float)integer_sum(sums + 2) - zero);
         }
@@ -463,10 +582,10 @@ struct Q80 {
 template <class NUMBER> struct FloatTiles {
     static constexpr int LANE = 8 * NUMBER::BYTES_EACH;
     static constexpr int BYTES = 16 * 32 * LANE;
-    DEVICE void dot(const u8* superblock, const Floats& x, int s, int lane, float& low_row, float& high_row) {
+    DEVICE void dot(const u8* superblock, const Floats& x, int lane, float& low_row, float& high_row) {
 #pragma unroll 4
         for (int group = 0; group < 16; group++) {
-            float4 a = *(const float4*)(x.values + s * 256 + group * 16 + (lane & 3) * 4);
+            float4 a = *(const float4*)(x.values + group * 16 + (lane & 3) * 4);
             float4 low, high;
             NUMBER::load(superblock, group * 32 + lane, low, high);
             low_row += low.x * a.x + low.y * a.y + (low.z * a.z + low.w * a.w);
@@ -516,6 +635,15 @@ typedef FloatTiles<FloatNumber> F32;
 // Sum over `width` neighbouring lanes (a power of two); every lane gets it.
 DEVICE float lanes_sum(float value, int width) {
     for (int d = width >> 1; d; d >>= 1) value += __shfl_xor_sync(FULL_WARP, value, d);
+    return value;
+}
+// Over the eight lanes with the same lane % 4; every lane gets it.
+DEVICE float rows_sum(float value) {
+    for (int d = 16; d >= 4; d >>= 1) value += __shfl_xor_sync(FULL_WARP, value, d);
+    return value;
+}
+DEVICE float rows_max(float value) {
+    for (int d = 16; d >= 4; d >>= 1) value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, d));
     return value;
 }
 DEVICE int lanes_sum(int value, int width) {

@@ -2,10 +2,12 @@
 #ifndef PSIGRAPH_HOST_COLLECTIVES_H
 #define PSIGRAPH_HOST_COLLECTIVES_H
 #include "fibers.h"
+#include "numbers.h"
 
 namespace host {
 
 static void dot_all(Warp& warp);
+static void dot_halves_all(Warp& warp);
 
 static void combine(Warp& warp, unsigned mask, Collective kind) {
     if (kind == WARP_BARRIER) {
@@ -13,6 +15,7 @@ static void combine(Warp& warp, unsigned mask, Collective kind) {
         return;
     }
     if (kind == DOT) return dot_all(warp);
+    if (kind == DOT_HALVES) return dot_halves_all(warp);
     uint64_t votes = 0;
     for (unsigned lane = 0; lane < 32; lane++) {
         if (!(mask >> lane & 1)) continue;
@@ -98,6 +101,36 @@ static inline void dot_chunk(int sums[4], const unsigned weights[8], unsigned di
     warp.weights[lane] = weights;
     warp.sums[lane] = sums;
     meet(DOT, 0xffffffffu);
+}
+
+// mma.m16n8k16 (float16, float32 sums): see dot_halves in psigraph_device.cuh. Sums are taken in float64 and rounded
+// once: a tensor core is no more exact than that.
+static void dot_halves_all(Warp& warp) {
+    float a[16][16], b[8][16];
+    for (unsigned lane = 0; lane < 32; lane++) {
+        unsigned g = lane >> 2, t = lane & 3;
+        for (unsigned i = 0; i < 4; i++)
+            for (unsigned half = 0; half < 2; half++)
+                a[g + 8 * (i & 1)][2 * t + 8 * (i >> 1) + half] = half_to_float((uint16_t)(warp.weights[lane][i] >> 16 * half));
+        for (unsigned i = 0; i < 2; i++)
+            for (unsigned half = 0; half < 2; half++) b[g][2 * t + 8 * i + half] = half_to_float((uint16_t)(warp.other[lane][i] >> 16 * half));
+    }
+    for (unsigned lane = 0; lane < 32; lane++) {
+        for (unsigned i = 0; i < 4; i++) {
+            const float *row = a[(lane >> 2) + 8 * (i >> 1)], *column = b[2 * (lane & 3) + (i & 1)];
+            double sum = warp.float_sums[lane][i];
+            for (int k = 0; k < 16; k++) sum += (double)row[k] * (double)column[k];
+            warp.float_sums[lane][i] = (float)sum;
+        }
+    }
+}
+static inline void dot_halves(float sums[4], const unsigned a[4], const unsigned b[2], int lane) {
+    if ((unsigned)lane != self->lane) fail("partial warp", "dot_halves was told lane %d", lane);
+    Warp& warp = *self->warp;
+    warp.weights[lane] = a;
+    warp.other[lane] = b;
+    warp.float_sums[lane] = sums;
+    meet(DOT_HALVES, 0xffffffffu);
 }
 
 }  // namespace host

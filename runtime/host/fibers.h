@@ -5,9 +5,10 @@
 
 namespace host {
 
-enum Collective : uint8_t { SHUFFLE, VOTE, WARP_BARRIER, DOT };
+enum Collective : uint8_t { SHUFFLE, VOTE, WARP_BARRIER, DOT, DOT_HALVES };
 
 constexpr unsigned NAMED_BARRIERS = 16;
+constexpr unsigned MOST_COPIES = 512;  // bulk copies of a block that may be under way at once
 constexpr unsigned NOT_NAMED = ~0u;
 constexpr uint64_t CANARY = 0x5073696772617068ull;
 #if defined(PSIGRAPH_HOST_ADDRESS) || defined(PSIGRAPH_HOST_WATCH) || defined(PSIGRAPH_HOST_STEP)
@@ -34,7 +35,7 @@ struct Fiber {
     void* fake_stack;  // AddressSanitizer's
 };
 
-// An asynchronous copy that has been issued and nobody has waited for.
+// An asynchronous copy of a block: `to` is null before it is issued and after somebody waited for it.
 struct BulkCopy {
     char* to;
     const char* from;
@@ -49,9 +50,9 @@ struct Warp {
     uint8_t source[32];
     uint64_t value[32], result[32];
     const unsigned* weights[32];
+    const unsigned* other[32];
     int* sums[32];
-    BulkCopy copies[32];
-    unsigned copying;  // which of them are under way
+    float* float_sums[32];
     unsigned polling;  // lanes that wait for one that has not been issued
 };
 
@@ -62,6 +63,8 @@ struct Block {
     unsigned arrived_line;  // where in the source the first of them reached the barrier
     unsigned named_arrived[NAMED_BARRIERS];
     bool waited;
+    unsigned copying;  // bulk copies under way
+    BulkCopy copies[MOST_COPIES];
     char* dynamic;
     char* statics;  // its static shared memory while a block of the same group runs
 };
@@ -222,7 +225,7 @@ static Fiber* ready_in(unsigned w) {
     for (unsigned w = 0; w < warp_count; w++) {
         if (!warps[w].polling) continue;
         self = &fibers[w / warps_each * threads_each + w % warps_each * 32 + __builtin_ctz(warps[w].polling)];
-        fail("bulk copy", "lanes 0x%08x wait for one that nobody issues: on a GPU they never return", warps[w].polling);
+        fail("bulk copy", "lanes 0x%08x wait for one that nobody issues, or for a stage that nobody gives back: on a GPU they never return", warps[w].polling);
     }
     for (unsigned i = 0; i < fiber_count; i++) {
         if (fibers[i].named == NOT_NAMED) continue;
@@ -274,7 +277,7 @@ static void fiber_entry() {
     finished++;
     if (me->block->done == threads_each && launch->programmatic && !me->block->waited)
         fail("missing wait", "the block returned without executing the programmatic wait");
-    if (me->warp->copying && me->warp->done == me->warp->lanes) fail("bulk copy", "the warp returned while one was under way");
+    if (me->block->done == threads_each && me->block->copying) fail("bulk copy", "the block returned while one was under way");
     if (me->block->arrived)
         fail("divergent barrier", "the thread returned while %u threads wait at __syncthreads (line %u)", me->block->arrived, me->block->arrived_line);
     if (finished == fiber_count) to_main(true);

@@ -167,6 +167,8 @@ static CUresult set_attribute(Function* function, int attribute, int value) {
     } else if (attribute == 9) {
         if (value < -1 || value > 100) return INVALID_VALUE;
         function->carveout = value;
+    } else if (attribute == 14) {
+        function->large_clusters = value != 0;
     } else if (attribute < 10) {
         return INVALID_VALUE;
     }
@@ -247,7 +249,8 @@ static CUresult apply_attributes(Work& work, const Attribute* attributes, unsign
             work.together = (uint32_t)blocks;
         } else if (one.id == 4) {
             const unsigned* cluster = one.value.three;
-            if (!cluster[0] || cluster[1] != 1 || cluster[2] != 1 || cluster[0] > 16 || work.grid[0] % cluster[0] || state().major < 9)
+            unsigned most = work.function->large_clusters ? 16 : 8;
+            if (!cluster[0] || cluster[1] != 1 || cluster[2] != 1 || cluster[0] > most || work.grid[0] % cluster[0] || state().major < 9)
                 return INVALID_CLUSTER_SIZE;
             if (work.together == 1) work.together = cluster[0];
         } else if (one.id == 6) {

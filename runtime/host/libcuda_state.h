@@ -69,6 +69,7 @@ struct Function {
     std::vector<const host_kernel*> copies;
     std::vector<void*> handles;
     int max_dynamic = 48 << 10, carveout = -1;
+    bool large_clusters = false;  // more than 8 blocks
 };
 
 struct Work {

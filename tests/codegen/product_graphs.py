@@ -95,7 +95,8 @@ def overridden(graph: Graph, shape: ShapeClass) -> dict[str, dict[str, int]] | N
 
 
 def target_of(shape: ShapeClass) -> Target:
-    return target_for("host", shape.sm_count)
+    target = target_for("host", shape.sm_count)
+    return target.plain() if shape.older else target
 
 
 def random_matrices(graph: Graph, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

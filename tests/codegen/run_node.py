@@ -151,7 +151,9 @@ class Step:
         values = [self.address[arg] if isinstance(arg, str) else arg for arg in launch.args]
         args: list[tuple[int, Any]] = [(self.names.index(launch.kernel), ctypes.c_int)]
         args += [(value, ctypes.c_uint64) for value in values + [0] * (MOST_ARGUMENTS - len(values))]
-        self.driver.launch(self.function, launch.grid, launch.block, launch.shared_bytes, 0, args, launch.programmatic)
+        self.driver.launch(
+            self.function, launch.grid, launch.block, launch.shared_bytes, 0, args, launch.programmatic, launch.cluster
+        )
 
     def scratch(self, name: str) -> np.ndarray:
         """The bytes of a scratch buffer."""

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from bars import SUM_UNITS, UNIT, assert_close
 from run_node import Step, same_bits
 
-from psigraph.codegen.target import target_for
+from psigraph.codegen.target import Target, target_for
 from psigraph.ir import meaning
 from psigraph.ir.graph import Graph
 from psigraph.ir.text import parse_graph
 
 EPS, THETA = 1e-6, 1e6
 HALF_UNIT = 2.0**-11
-# (head_dim, query heads a key/value head, key/value heads, multiprocessors)
-SHAPES = [(16, 1, 2, 132), (16, 4, 1, 2), (32, 2, 2, 132), (64, 2, 2, 3), (64, 4, 1, 132), (128, 1, 1, 4),
-          (128, 2, 2, 4), (128, 2, 2, 132), (128, 4, 2, 132), (128, 2, 8, 132), (256, 2, 1, 132)]  # fmt: skip
+# (head_dim, query heads a key/value head, key/value heads, multiprocessors, blocks of a cluster at most)
+SHAPES = [(16, 1, 2, 132, 8), (16, 4, 1, 2, 1), (32, 2, 2, 132, 4), (64, 2, 2, 3, 4), (64, 4, 1, 132, 8), (128, 1, 1, 4, 8),
+          (128, 2, 2, 4, 1), (128, 2, 2, 132, 8), (128, 4, 2, 132, 8), (128, 5, 1, 132, 8), (128, 2, 8, 132, 1),
+          (96, 2, 1, 132, 8), (128, 4, 2, 1, 4), (256, 2, 1, 132, 8), (128, 2, 8, 16, 8)]  # fmt: skip
+
+
+def target_of(sm_count: int, cluster: int) -> Target:
+    """The host target with clusters of this size, or as a GPU without them."""
+    target = target_for("host", sm_count)
+    return target.plain() if cluster == 1 else replace(target, cluster=cluster)
 
 
 def attention_graph(head_dim: int, group: int, kv_heads: int, context: int) -> Graph:
@@ -40,23 +49,22 @@ def attention_graph(head_dim: int, group: int, kv_heads: int, context: int) -> G
     }}""")
 
 
-def positions_of(head_dim: int, sm_count: int, kv_heads: int) -> tuple[int, list[int]]:
-    """(context, positions): the first ones, those around the edges of splits, the context's last."""
-    rows = 256 // (head_dim // 8)
-    splits = max(1, min(32, sm_count // kv_heads))
-    # A split takes 2 * rows positions at a time: three splits of one turn, or where there are few, three turns of each.
-    context = 2 * rows * (3 if splits > 4 else 3 * splits) + 7
-    edges = [0, 1, 15, 63, 64, 65, rows, 2 * rows - 1, 2 * rows, 4 * rows, 4 * rows + 1, context - 1]
+def positions_of(sm_count: int, kv_heads: int, cluster: int) -> tuple[int, list[int]]:
+    """(context, positions): the first ones, those around the edges of tiles and of a round of all warps, the last."""
+    splits = cluster if cluster > 1 else max(1, min(32, sm_count // kv_heads))
+    tiles = min(4 * splits, 12)  # where warps are few, so that each has several
+    context = 16 * 2 * tiles + 7
+    edges = [0, 1, 15, 16, 17, 31, 63, 64, 65, 16 * splits, 16 * tiles - 1, 16 * tiles, context - 1]
     return context, sorted({edge for edge in edges if edge < context})
 
 
-@pytest.mark.parametrize(("head_dim", "group", "kv_heads", "sm_count"), SHAPES)
-def test_attention(head_dim, group, kv_heads, sm_count):
-    context, positions = positions_of(head_dim, sm_count, kv_heads)
+@pytest.mark.parametrize(("head_dim", "group", "kv_heads", "sm_count", "cluster"), SHAPES)
+def test_attention(head_dim, group, kv_heads, sm_count, cluster):
+    context, positions = positions_of(sm_count, kv_heads, cluster)
     graph = attention_graph(head_dim, group, kv_heads, context)
     generator = np.random.default_rng(head_dim + group)
     norms = {name: (1 + generator.standard_normal(head_dim) / 4).astype(np.float32) for name in ("q_norm", "k_norm")}
-    with Step(graph, target_for("host", sm_count), norms) as step:
+    with Step(graph, target_of(sm_count, cluster), norms) as step:
         for position in positions:
             states = {
                 "q": generator.standard_normal(group * kv_heads * head_dim).astype(np.float32) * 3,

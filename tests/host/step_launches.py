@@ -191,12 +191,15 @@ def _call(
         produced=tuple(1 + place for place, arg in enumerate(launch.args) if arg in written),
         writes=tuple(1 + place for place in writes),
         programmatic=launch.programmatic,
+        together=launch.cluster,
     )
 
 
 def written_places(kernel: Kernel) -> list[int]:
     """Places of the parameters through which a kernel may write: pointers to what is not const."""
-    found = re.search(rf'extern "C" __global__ void __launch_bounds__\(\d+\) {kernel.name}\(([^)]*)\)', kernel.text)
+    found = re.search(
+        rf'extern "C" __global__ void (?:__launch_bounds__|REGISTERS)\([\d, ]+\) {kernel.name}\(([^)]*)\)', kernel.text
+    )
     assert found, kernel.name
     parameters = [" ".join(parameter.split()) for parameter in found[1].split(",")]
     return [i for i, parameter in enumerate(parameters) if "*" in parameter and not parameter.startswith("const ")]
@@ -220,7 +223,7 @@ def layout_launches(rows: int, columns: int) -> dict[str, tuple[KernelCall, np.n
 def bandwidth_launch() -> KernelCall:
     """The kernel that measures what a GPU can read, over a number of words that fits nothing."""
     data = np.arange(4 * 100_003, dtype=np.uint32)
-    args = [data, np.uint64(data.size // 4), np.zeros(1, np.uint32)]
+    args = [data, np.uint64(data.size // 4), 2, np.zeros(1, np.uint32)]  # read twice
     kernel = probe_kernel()
     source = kernel.text.replace(f'#include "{HEADER_NAME}"\n', device_header())
-    return KernelCall(source, kernel.name, 2 * SMS, PROBE_THREADS, 0, args, writes=(2,))
+    return KernelCall(source, kernel.name, 2 * SMS, PROBE_THREADS, 0, args, writes=(3,))

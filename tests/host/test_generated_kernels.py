@@ -80,14 +80,15 @@ def test_the_kernel_that_measures_bandwidth_is_sound() -> None:
 
 # (kernel, its text, what stands there instead, the build that sees it, what it says); one text holds them all.
 EARLY_READ = f"float early = fresh(square_sums); {WAIT} if (early == 1e9f) y0[0] = 0.0f;"
+LAST_BARRIER = "__syncthreads();\n\n    // 4. One thread a row."
 CHANGES = [
     ("scaled_matvec_2", WAIT, "", "address", "missing wait"),
     ("rope_attention", WAIT, "", "watch", "early read"),
     ("scaled_matvec_2", WAIT, EARLY_READ, "watch", "early read"),
     ("scaled_matvec_2", WAIT, f"if (threadIdx.x == 0) y0[blockIdx.x] = 0.0f; {WAIT}", "watch", "early write"),
-    ("rope_attention", WAIT, f"{WAIT} if (threadIdx.x == 0 && q[0] == 1e9f) partial[0] = 0.0f;", "watch", "stale read"),
+    ("rope_attention", WAIT, f"{WAIT} if (threadIdx.x == 0 && q[0] == 1e9f) y[0] = 0;", "watch", "stale read"),
     ("scaled_matvec_2", "__syncthreads();", "", "watch", "race"),
-    ("scaled_matvec_2", "__syncthreads();", "if (warp != 0) __syncthreads();", "address", "divergent barrier"),
+    ("scaled_matvec_2", LAST_BARRIER, f"if (warp != 0) {LAST_BARRIER}", "address", "divergent barrier"),
     ("scaled_matvec_2", "if (inside && at < 512) y0", "if (inside && at < 520) y0", "address", "out of bounds"),
     ("scaled_matvec_2", WAIT, f"{WAIT} ((float*)square_sums)[0] = 1.0f;", "watch", "write to input"),
 ]

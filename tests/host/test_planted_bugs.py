@@ -89,7 +89,7 @@ REPORTED = {
         (
             1,
             32,
-            1040,
+            1056,
             [np.arange(1024, dtype=np.uint32).view(np.uint8)[:1024].copy(), np.zeros(32, np.uint32)],
             {"writes": (1,)},
         ),
