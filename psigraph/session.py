@@ -25,6 +25,7 @@ from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
 from .passes.use_sampler import SAMPLER
+from .prefill import check_prefill, prefill_maker
 from .report import ENGINES
 from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import KernelCache, default_cache_dir
@@ -193,6 +194,7 @@ def open_session(
     shapes: dict[str, dict[str, int]] | None = None,
     cache_dtype: str = "f16",
     sampling: bool = False,
+    prefill: str = "auto",
     admit: Callable[[GgufFile], None] | None = None,
     check: Callable[[Model], None] | None = None,
     filling: Filling = Filling(),
@@ -212,6 +214,8 @@ def open_session(
     shapes       launch shapes, see `codegen.lower.lower`; None: those that `psigraph tune` kept for this GPU.
     cache_dtype  "f16" or "f32"; f32 in numpy only.
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
+    prefill      how prompts go in, see `prefill`: "own" kernels by chunks, a "library"'s products, "off": token by
+                 token, "auto": the library on a GPU that has one, else own kernels. In numpy always token by token.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
     filling      how errors speak of `positions`.
@@ -226,7 +230,8 @@ def open_session(
     if device and backend in ("cpu", "host"):
         why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
         raise UsageError(f"--device {device}: {why}; leave it out, or take --backend cuda")
-    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, on_load, on_compile)
+    check_prefill(prefill, backend)
+    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, on_load, on_compile)
     # A driver takes a third of a second to start, which the header and the passes can use.
     with ThreadPoolExecutor(max_workers=1) as pool:
         starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None
@@ -311,12 +316,13 @@ class _Opener:
         shapes: dict[str, dict[str, int]] | None,
         cache_dtype: str,
         sampling: bool,
+        prefill: str,
         on_load: Progress | None,
         on_compile: Progress | None,
     ) -> None:
         self.device, self.outputs, self.graph, self.disable = device, outputs, graph, disable
         self.shapes, self.cache_dtype, self.sampling = shapes, cache_dtype, sampling
-        self.on_load, self.on_compile = on_load, on_compile
+        self.prefill, self.on_load, self.on_compile = prefill, on_load, on_compile
         self.timings: dict[str, float] = {}
         self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if sampling else {}
 
@@ -375,7 +381,12 @@ class _Opener:
                 graph=self.graph,
                 progress=self.on_load,
                 constants=self.constants,
+                prefill=prefill_maker(self.prefill, backend, model, self.sampling, target, driver),
             )
+            if backend == "cuda":  # before the first prompt; the stand-in compiles for longer than most prompts take
+                began = time.perf_counter()
+                engine.prepare_prefill()
+                self._lap("prefill_ms", began)
         except BaseException:
             driver.close()
             raise
@@ -391,6 +402,7 @@ class _Opener:
             "launch_shapes": "tuned" if shapes else "built in",
             "arithmetic": "int8 dot products of two digits, float32 sums, f16 cache",
             "graph": self.graph,
+            "prefill": engine.prefill_note,
             "device_bytes": engine.arena_bytes,
             "weight_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "weight"),
             "state_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "state"),

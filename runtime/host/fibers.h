@@ -5,7 +5,7 @@
 
 namespace host {
 
-enum Collective : uint8_t { SHUFFLE, VOTE, WARP_BARRIER, DOT };
+enum Collective : uint8_t { SHUFFLE, VOTE, WARP_BARRIER, DOT, HALVES };
 
 constexpr unsigned NAMED_BARRIERS = 16;
 constexpr unsigned NOT_NAMED = ~0u;
@@ -41,6 +41,13 @@ struct BulkCopy {
     int bytes;
 };
 
+// What a warp multiplies halves with: see host::multiply_halves.
+struct HalvesTimes {
+    const uint16_t* rows;
+    int stride, blocks;
+    bool columns;
+};
+
 // Masks have one bit a lane. A lane is in `ready`, in `meeting` (at a collective), elsewhere waiting, or done.
 struct Warp {
     unsigned ready, meeting, done, lanes;
@@ -50,6 +57,8 @@ struct Warp {
     uint64_t value[32], result[32];
     const unsigned* weights[32];
     int* sums[32];
+    float* totals[32];
+    HalvesTimes halves;
     BulkCopy copies[32];
     unsigned copying;  // which of them are under way
     unsigned polling;  // lanes that wait for one that has not been issued
