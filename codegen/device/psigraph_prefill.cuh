@@ -81,8 +81,9 @@ template <int BLOCKS> DEVICE void multiply_columns(float (*sums)[4], const u32 t
 }
 
 // ---------------------------------------------------------------------------------------------------------
-// One lane's share of a chunk (16 rows x 64 columns) of a tile: `load` asks memory for it, `tile` makes the halves of
-// group J as `multiply_rows` wants them. The value is worked out in float32 and rounded once.
+// One lane's share of a chunk (16 rows x 64 columns) of a tile: `Raw::load` only asks memory for it, `prepare` works out
+// the scales, `tile` makes the halves of group J as `multiply_rows` wants them. A value is worked out in float32 and
+// rounded once.
 // ---------------------------------------------------------------------------------------------------------
 
 template <class TYPE> struct Chunk;
@@ -95,27 +96,46 @@ DEVICE void scaled_bytes(u32& first, u32& second, u32 word, float scale, float z
 
 // Q4_K and Q5_K: what the 6-bit scales and minima are worth for this chunk: [half of the columns][row g, row g + 8].
 struct ChunkScales {
+    struct Raw {
+        u32 planes[2][3];
+        uint2 d;
+        METHOD void load(const u8* header, int lane) {
+            const u32* words = (const u32*)header + (lane >> 2);
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int plane = 0; plane < 3; plane++) planes[half][plane] = words[plane * 16 + half * 8];
+            d = ((const uint2*)(header + 192))[lane >> 2];
+        }
+    };
     float scale[2][2], zero[2][2];
-    METHOD void load(const u8* header, int chunk, int lane) {
+    METHOD void prepare(const Raw& raw, int chunk) {
+        const float2 low_d = halves_to_floats(raw.d.x), high_d = halves_to_floats(raw.d.y);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            SixBit six;
-            six.load(header, lane >> 2, half);
-            scale[half][0] = six.low_d.x * byte_to_float(six.low_scales >> (8 * chunk), 0);
-            scale[half][1] = six.high_d.x * byte_to_float(six.high_scales >> (8 * chunk), 0);
-            zero[half][0] = six.low_d.y * byte_to_float(six.low_minima >> (8 * chunk), 0);
-            zero[half][1] = six.high_d.y * byte_to_float(six.high_minima >> (8 * chunk), 0);
+            u32 a = raw.planes[half][0] >> (8 * chunk), b = raw.planes[half][1] >> (8 * chunk), c = raw.planes[half][2] >> (8 * chunk);
+            scale[half][0] = low_d.x * (float)(a & 0x3fu);
+            scale[half][1] = high_d.x * (float)(b & 0x3fu);
+            zero[half][0] = low_d.y * (float)((c & 0x0fu) | ((a >> 2) & 0x30u));
+            zero[half][1] = high_d.y * (float)(((c >> 4) & 0x0fu) | ((b >> 2) & 0x30u));
         }
     }
 };
 
 template <> struct Chunk<Q4K> {
+    struct Raw {
+        uint4 packed;
+        ChunkScales::Raw scales;
+        METHOD void load(const u8* superblock, int chunk, int lane) {
+            packed = ((const uint4*)superblock)[chunk * 32 + lane];
+            scales.load(superblock + 2048, lane);
+        }
+    };
     u32 words[4];
     ChunkScales scales;
-    METHOD void load(const u8* superblock, int chunk, int lane) {
-        uint4 packed = ((const uint4*)superblock)[chunk * 32 + lane];
-        words[0] = packed.x, words[1] = packed.y, words[2] = packed.z, words[3] = packed.w;
-        scales.load(superblock + 2048, chunk, lane);
+    METHOD void prepare(const Raw& raw, int chunk) {
+        words[0] = raw.packed.x, words[1] = raw.packed.y, words[2] = raw.packed.z, words[3] = raw.packed.w;
+        scales.prepare(raw.scales, chunk);
     }
     template <int J> METHOD void tile(u32 out[4]) const {
         scaled_bytes(out[0], out[2], words[J] & 0x0f0f0f0fu, scales.scale[J / 2][0], scales.zero[J / 2][0]);
@@ -124,13 +144,22 @@ template <> struct Chunk<Q4K> {
 };
 
 template <> struct Chunk<Q5K> {
+    struct Raw {
+        uint4 packed;
+        u32 bits;
+        ChunkScales::Raw scales;
+        METHOD void load(const u8* superblock, int chunk, int lane) {
+            packed = ((const uint4*)superblock)[chunk * 32 + lane];
+            bits = ((const u32*)(superblock + 2048))[chunk * 32 + lane];
+            scales.load(superblock + 2560, lane);
+        }
+    };
     u32 words[4], bits;
     ChunkScales scales;
-    METHOD void load(const u8* superblock, int chunk, int lane) {
-        uint4 packed = ((const uint4*)superblock)[chunk * 32 + lane];
-        words[0] = packed.x, words[1] = packed.y, words[2] = packed.z, words[3] = packed.w;
-        bits = ((const u32*)(superblock + 2048))[chunk * 32 + lane];
-        scales.load(superblock + 2560, chunk, lane);
+    METHOD void prepare(const Raw& raw, int chunk) {
+        words[0] = raw.packed.x, words[1] = raw.packed.y, words[2] = raw.packed.z, words[3] = raw.packed.w;
+        bits = raw.bits;
+        scales.prepare(raw.scales, chunk);
     }
     template <int J> METHOD void tile(u32 out[4]) const {
         u32 low = ((bits >> (2 * J)) & 0x01010101u) << 4, high = ((bits >> (2 * J + 1)) & 0x01010101u) << 4;
@@ -140,22 +169,30 @@ template <> struct Chunk<Q5K> {
 };
 
 template <> struct Chunk<Q6K> {
-    u32 words[4], bits[8];     // bits: moved down so that those of this chunk are lowest
-    float scale[4][2];         // [group][row g, row g + 8]
-    METHOD void load(const u8* superblock, int chunk, int lane) {
-        uint4 packed = ((const uint4*)superblock)[chunk * 32 + lane];
-        words[0] = packed.x, words[1] = packed.y, words[2] = packed.z, words[3] = packed.w;
-        uint4 first = ((const uint4*)(superblock + 2048))[lane], second = ((const uint4*)(superblock + 2560))[lane];
-        const u32 all[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+    struct Raw {
+        uint4 packed, first, second, scales[2];
+        u16 low_d, high_d;
+        METHOD void load(const u8* superblock, int chunk, int lane) {
+            packed = ((const uint4*)superblock)[chunk * 32 + lane];
+            first = ((const uint4*)(superblock + 2048))[lane], second = ((const uint4*)(superblock + 2560))[lane];
+            scales[0] = ((const uint4*)(superblock + 3072))[(lane >> 2) * 2], scales[1] = ((const uint4*)(superblock + 3072))[(lane >> 2) * 2 + 1];
+            low_d = ((const u16*)(superblock + 3328))[lane >> 2], high_d = ((const u16*)(superblock + 3328))[(lane >> 2) + 8];
+        }
+    };
+    u32 words[4], bits[8];  // bits: moved down so that those of this chunk are lowest
+    float scale[4][2];      // [group][row g, row g + 8]
+    METHOD void prepare(const Raw& raw, int chunk) {
+        words[0] = raw.packed.x, words[1] = raw.packed.y, words[2] = raw.packed.z, words[3] = raw.packed.w;
+        const u32 all[8] = {raw.first.x, raw.first.y, raw.first.z, raw.first.w, raw.second.x, raw.second.y, raw.second.z, raw.second.w};
 #pragma unroll
         for (int i = 0; i < 8; i++) bits[i] = (all[i] >> (2 * chunk)) & 0x03030303u;
-        const u16* d = (const u16*)(superblock + 3328);
-        float low_d = half_to_float(d[lane >> 2]), high_d = half_to_float(d[(lane >> 2) + 8]);
-        const u32* bytes = (const u32*)(superblock + 3072) + (lane >> 2) * 8;
+        const float low = half_to_float(raw.low_d), high = half_to_float(raw.high_d);
+        const u32 bytes[8] = {raw.scales[0].x, raw.scales[0].y, raw.scales[0].z, raw.scales[0].w,
+                              raw.scales[1].x, raw.scales[1].y, raw.scales[1].z, raw.scales[1].w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            scale[j][0] = low_d * signed_byte_to_float(bytes[2 * j] >> (8 * chunk), 0);
-            scale[j][1] = high_d * signed_byte_to_float(bytes[2 * j + 1] >> (8 * chunk), 0);
+            scale[j][0] = low * signed_byte_to_float(bytes[2 * j] >> (8 * chunk), 0);
+            scale[j][1] = high * signed_byte_to_float(bytes[2 * j + 1] >> (8 * chunk), 0);
         }
     }
     template <int J> METHOD void tile(u32 out[4]) const {
@@ -165,36 +202,53 @@ template <> struct Chunk<Q6K> {
 };
 
 template <> struct Chunk<Q80> {
-    u32 words[8], low_scales, high_scales;
-    METHOD void load(const u8* superblock, int chunk, int lane) {
-        uint4 a = ((const uint4*)superblock)[chunk * 64 + lane], b = ((const uint4*)superblock)[chunk * 64 + 32 + lane];
-        words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
-        words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
-        const u32* scales = (const u32*)(superblock + 4096) + chunk;
-        low_scales = scales[(lane >> 2) * 4];
-        high_scales = scales[(lane >> 2) * 4 + 32];
+    struct Raw {
+        uint4 packed[2];
+        u32 scales[2];
+        METHOD void load(const u8* superblock, int chunk, int lane) {
+            packed[0] = ((const uint4*)superblock)[chunk * 64 + lane], packed[1] = ((const uint4*)superblock)[chunk * 64 + 32 + lane];
+            const u32* all = (const u32*)(superblock + 4096) + chunk + (lane >> 2) * 4;
+            scales[0] = all[0], scales[1] = all[32];
+        }
+    };
+    u32 words[8], scales[2];
+    METHOD void prepare(const Raw& raw, int) {
+        words[0] = raw.packed[0].x, words[1] = raw.packed[0].y, words[2] = raw.packed[0].z, words[3] = raw.packed[0].w;
+        words[4] = raw.packed[1].x, words[5] = raw.packed[1].y, words[6] = raw.packed[1].z, words[7] = raw.packed[1].w;
+        scales[0] = raw.scales[0], scales[1] = raw.scales[1];
     }
     template <int J> METHOD void tile(u32 out[4]) const {
-        float low = half_to_float((u16)(low_scales >> (J / 2 * 16))), high = half_to_float((u16)(high_scales >> (J / 2 * 16)));
+        float low = half_to_float((u16)(scales[0] >> (J / 2 * 16))), high = half_to_float((u16)(scales[1] >> (J / 2 * 16)));
         scaled_bytes(out[0], out[2], words[2 * J], low, 128.0f * low);
         scaled_bytes(out[1], out[3], words[2 * J + 1], high, 128.0f * high);
     }
 };
 
-template <> struct Chunk<F16> {
+// f16 and bf16: four groups of 32 lanes x (4 values of row g, 4 of row g + 8).
+struct RawHalves {
     uint4 groups[4];
     METHOD void load(const u8* superblock, int chunk, int lane) {
 #pragma unroll
         for (int j = 0; j < 4; j++) groups[j] = ((const uint4*)superblock)[(chunk * 4 + j) * 32 + lane];
     }
+};
+
+template <> struct Chunk<F16> {
+    typedef RawHalves Raw;
+    uint4 groups[4];
+    METHOD void prepare(const Raw& raw, int) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) groups[j] = raw.groups[j];
+    }
     template <int J> METHOD void tile(u32 out[4]) const { out[0] = groups[J].x, out[2] = groups[J].y, out[1] = groups[J].z, out[3] = groups[J].w; }
 };
 
 template <> struct Chunk<BF16> {
+    typedef RawHalves Raw;
     uint4 groups[4];
-    METHOD void load(const u8* superblock, int chunk, int lane) {
+    METHOD void prepare(const Raw& raw, int) {
 #pragma unroll
-        for (int j = 0; j < 4; j++) groups[j] = ((const uint4*)superblock)[(chunk * 4 + j) * 32 + lane];
+        for (int j = 0; j < 4; j++) groups[j] = raw.groups[j];
     }
     DEVICE u32 halves(u32 pair) { return halves_from(bits_to_float(pair << 16), bits_to_float(pair & 0xffff0000u)); }
     template <int J> METHOD void tile(u32 out[4]) const {
@@ -202,14 +256,19 @@ template <> struct Chunk<BF16> {
     }
 };
 
-// Rounded as they come: 32 registers more would not fit.
 template <> struct Chunk<F32> {
+    struct Raw {
+        float4 groups[4][2];
+        METHOD void load(const u8* superblock, int chunk, int lane) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) FloatNumber::load(superblock, (chunk * 4 + j) * 32 + lane, groups[j][0], groups[j][1]);
+        }
+    };
     u32 halves[4][4];
-    METHOD void load(const u8* superblock, int chunk, int lane) {
+    METHOD void prepare(const Raw& raw, int) {
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            float4 low, high;
-            FloatNumber::load(superblock, (chunk * 4 + j) * 32 + lane, low, high);
+            const float4 low = raw.groups[j][0], high = raw.groups[j][1];
             halves[j][0] = halves_from(low.x, low.y), halves[j][2] = halves_from(low.z, low.w);
             halves[j][1] = halves_from(high.x, high.y), halves[j][3] = halves_from(high.z, high.w);
         }
@@ -246,20 +305,27 @@ DEVICE void multiply_block(ProductSums& sums, const u8* first, const u8* second,
     const bool busy = first_token + token_warp * WARP_TOKENS < count;
     for_each<2>([&](auto i) { for_each<WARP_TOKENS / 8>([&](auto n) { for_each<4>([&](auto e) { sums[i.index][n.index][e.index] = 0.0f; }); }); });
     fetch_stage(shared, x, SUPERBLOCKS * 256, first_token, count, 0);
+    typename Chunk<A>::Raw raw_a;
+    typename Chunk<B>::Raw raw_b;
+    if (busy) {
+        raw_a.load(first, team, lane);
+        raw_b.load(second, team, lane);
+    }
 #pragma unroll 1
     for (int step = 0; step < 2 * SUPERBLOCKS; step++) {
-        Chunk<A> a;
-        Chunk<B> b;
-        const int chunk = 2 * (step & 1) + team;
-        if (busy) {
-            a.load(first + (step >> 1) * A::BYTES, chunk, lane);
-            b.load(second + (step >> 1) * B::BYTES, chunk, lane);
-        }
         finish_copies();
         __syncthreads();
-        if (step + 1 < 2 * SUPERBLOCKS)
-            fetch_stage(shared + ((step + 1) & 1) * STAGE_HALVES, x, SUPERBLOCKS * 256, first_token, count, (step + 1) * STAGE_COLUMNS);
+        const int next = step + 1;
+        if (next < 2 * SUPERBLOCKS) fetch_stage(shared + (next & 1) * STAGE_HALVES, x, SUPERBLOCKS * 256, first_token, count, next * STAGE_COLUMNS);
         if (busy) {
+            Chunk<A> a;
+            Chunk<B> b;
+            a.prepare(raw_a, 2 * (step & 1) + team);
+            b.prepare(raw_b, 2 * (step & 1) + team);
+            if (next < 2 * SUPERBLOCKS) {
+                raw_a.load(first + (next >> 1) * A::BYTES, 2 * (next & 1) + team, lane);
+                raw_b.load(second + (next >> 1) * B::BYTES, 2 * (next & 1) + team, lane);
+            }
             const u16* rows = shared + (step & 1) * STAGE_HALVES + token_warp * WARP_TOKENS * STAGE_STRIDE + team * 64;
             for_each<4>([&](auto j) {
                 u32 tiles[2][4];
@@ -296,8 +362,10 @@ template <class TYPE> DEVICE void spread_tile(const u8* tiles, u16* out, int row
     u16* mine = out + (u64)row * superblocks * 256 + superblock * 256 + (lane & 3) * 4;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
+        typename Chunk<TYPE>::Raw raw;
+        raw.load(tiles + (u64)which * TYPE::BYTES, c, lane);
         Chunk<TYPE> chunk;
-        chunk.load(tiles + (u64)which * TYPE::BYTES, c, lane);
+        chunk.prepare(raw, c);
         for_each<4>([&](auto j) {
             u32 halves[4];
             chunk.template tile<j.index>(halves);
