@@ -26,9 +26,9 @@ CHUNK_TOKENS = 512
 class _Lowering:
     """The context that emitters see (`prefill_emission.PrefillContext`), and the tables that grow."""
 
-    def __init__(self, graph: Graph, library: bool) -> None:
+    def __init__(self, graph: Graph, tokens: int, library: bool) -> None:
         self.library = library
-        self.tokens, _ = graph.param("tokens").type.shape
+        self.tokens = tokens
         self.ctx = max((param.type.shape[1] for param in graph.params if len(param.type.shape) == 3), default=1)
         self.state_of = {value.name: state for state, value in graph.results}
         self.buffers = {param.name: param_buffer(param.kind, param.value) for param in graph.params}
@@ -36,6 +36,7 @@ class _Lowering:
         self.free: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         self.holding: dict[str, set[str]] = {}  # buffer -> values in it that somebody will read
         self.last_use = {value.name: index for index, node in enumerate(graph.nodes) for value in node.ins}
+        self.last_use |= {value.name: len(graph.nodes) for _, value in graph.results}
 
     # --- what emitters ask for ---
 
@@ -110,7 +111,8 @@ def lower_prefill(graph: Graph, target: Target, library: bool = False) -> Progra
     library: products are launches named `LIBRARY_PRODUCT` on weights spread as halves, instead of own kernels.
     UnsupportedModelError names what no kernel supports: such a model takes its prompts in token by token.
     """
-    lowering = _Lowering(graph, library)
+    # Every graph over a sequence begins with something that has a row a token.
+    lowering = _Lowering(graph, graph.nodes[0].outs[0].type.shape[0], library)
     pieces: list[tuple[Node, Emitted]] = []
     for index, node in enumerate(graph.nodes):
         if node.op == "merge_heads" and node.out.type.dtype == node.ins[0].type.dtype == "f16":
