@@ -132,6 +132,21 @@ class Session:
         elif not settings.greedy:
             raise UsageError("this session takes the likeliest token; open it with sampling=True to draw others")
 
+    @property
+    def prefill(self) -> str:
+        """How long prompts go in: "own kernels, 512 tokens at once", or "token by token" and why."""
+        return getattr(self.engine, "prefill_way", "token by token: numpy")
+
+    @property
+    def fed_at_once(self) -> int:
+        """Ids that one `feed` may have so that it takes no longer than a person waits who wants to stop it."""
+        if self.backend == "cpu":
+            return 1
+        chunked = not self.prefill.startswith("token by token")
+        if self.backend == "host":
+            return 128 if chunked else 1
+        return 8192 if chunked else 512
+
     def reset(self) -> None:
         """Back to position 0."""
         self.engine.reset()
@@ -195,6 +210,7 @@ def open_session(
     cache_dtype: str = "f16",
     sampling: bool = False,
     prefill: str = "auto",
+    prompts: bool = True,
     admit: Callable[[GgufFile], None] | None = None,
     check: Callable[[Model], None] | None = None,
     filling: Filling = Filling(),
@@ -216,6 +232,8 @@ def open_session(
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
     prefill      how prompts go in, see `prefill`: "own" kernels by chunks, a "library"'s products, "off": token by
                  token, "auto": the library on a GPU that has one, else own kernels. In numpy always token by token.
+    prompts      False: no long prompt is to be expected, so what takes one in is made when one comes; else, on a GPU,
+                 it is made now.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
     filling      how errors speak of `positions`.
@@ -231,7 +249,7 @@ def open_session(
         why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
         raise UsageError(f"--device {device}: {why}; leave it out, or take --backend cuda")
     check_prefill(prefill, backend)
-    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, on_load, on_compile)
+    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, prompts, on_load, on_compile)
     # A driver takes a third of a second to start, which the header and the passes can use.
     with ThreadPoolExecutor(max_workers=1) as pool:
         starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None
@@ -317,12 +335,14 @@ class _Opener:
         cache_dtype: str,
         sampling: bool,
         prefill: str,
+        prompts: bool,
         on_load: Progress | None,
         on_compile: Progress | None,
     ) -> None:
         self.device, self.outputs, self.graph, self.disable = device, outputs, graph, disable
         self.shapes, self.cache_dtype, self.sampling = shapes, cache_dtype, sampling
-        self.prefill, self.on_load, self.on_compile = prefill, on_load, on_compile
+        self.prefill, self.prompts = prefill, prompts
+        self.on_load, self.on_compile = on_load, on_compile
         self.timings: dict[str, float] = {}
         self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if sampling else {}
 
@@ -383,7 +403,7 @@ class _Opener:
                 constants=self.constants,
                 prefill=prefill_maker(self.prefill, backend, model, self.sampling, target, driver),
             )
-            if backend == "cuda":  # before the first prompt; the stand-in compiles for longer than most prompts take
+            if backend == "cuda" and self.prompts:  # the stand-in compiles for longer than most prompts take
                 began = time.perf_counter()
                 engine.prepare_prefill()
                 self._lap("prefill_ms", began)
@@ -402,7 +422,6 @@ class _Opener:
             "launch_shapes": "tuned" if shapes else "built in",
             "arithmetic": "int8 dot products of two digits, float32 sums, f16 cache",
             "graph": self.graph,
-            "prefill": engine.prefill_note,
             "device_bytes": engine.arena_bytes,
             "weight_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "weight"),
             "state_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "state"),

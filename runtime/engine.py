@@ -60,7 +60,7 @@ class Engine:
     UsageError names one that is missing.
     prefill: makes what takes a prompt in by chunks, called for the first prompt or by `prepare_prefill`; None: every
     token takes a step. Where it raises UnsupportedModelError or memory is short, prompts take steps too, and
-    `prefill_note` says why.
+    `prefill_way` says why.
     """
 
     driver: Driver
@@ -89,7 +89,7 @@ class Engine:
         self._executable: Any = None
         self._failed = ""  # the failure after which nothing can be trusted
         self._prefill: Prefill | None = None
-        self.prefill_note = "" if self.prefill else "not asked for"
+        self._no_prefill = "" if self.prefill else "switched off"
         self.position = 0
         try:
             self._stream = self.driver.call("cuStreamCreate", 1)
@@ -200,18 +200,28 @@ class Engine:
         return {buffer: self._address[buffer.name] for buffer in self.program.buffers if buffer.kind != "scratch"}
 
     def prepare_prefill(self) -> Prefill | None:
-        """What takes prompts in by chunks, made now if it was not yet; None, and `prefill_note`, where there is none."""
+        """What takes prompts in by chunks, made now if it was not yet; None where there is none (`prefill_way`)."""
         if self._prefill is None and self.prefill is not None:
             self._check()
             maker, self.prefill = self.prefill, None
             try:
                 self._prefill = Prefill(self, maker(), self.graph)
             except (UnsupportedModelError, OutOfMemoryError) as error:
-                self.prefill_note = str(error)
+                self._no_prefill = str(error)
             except DeviceError as error:
                 self._failed = self._failed or str(error)
                 raise
         return self._prefill
+
+    @property
+    def prefill_way(self) -> str:
+        """How long prompts go in, in words."""
+        if self._no_prefill:
+            return f"token by token: {self._no_prefill}"
+        if self._prefill is None:
+            return "by chunks, from the first prompt on"
+        by = self._prefill.library.name if self._prefill.library else "own kernels"
+        return f"{by}, {self._prefill.tokens} tokens at once"
 
     def _take_in(self, count: int) -> int:
         """Queue chunks for the first of `count` page-locked ids; how many they take."""

@@ -26,6 +26,7 @@ Examples:
   psigraph bench --model-path qwen3-1.7b.gguf --artifact-kind gguf --model-size 1.7b --backend cuda \\
       --prompt-token-ids 151644 --max-new-tokens 512 --repeats 3 --json-out report.json
   psigraph bench --model-path qwen3-1.7b.gguf --mode forced --depth 4096 --max-new-tokens 128
+  psigraph bench --model-path qwen3-1.7b.gguf --prompt-tokens 512
   psigraph bench --model-path qwen3-1.7b.gguf --profile --baseline report.json
   psigraph bench --model-path qwen3-1.7b.gguf --sweep depth=0,512,1024,4096,16384 --max-new-tokens 64"""
 
@@ -60,6 +61,13 @@ Examples:
     metavar="N",
     help="Fill N positions first, untimed.",
 )
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Measure too how fast a prompt of N tokens goes in: time to the first token, prompt tokens a second.",
+)
 @click.option("--profile", is_flag=True, help="Time every kernel of the step: its own time, its hand-over, its bytes.")
 @click.option(
     "--sweep",
@@ -81,6 +89,7 @@ def command(
     repeats: int,
     mode: str,
     depth: int,
+    prompt_tokens: int,
     profile: bool,
     sweep: tuple[int, ...] | None,
     baseline: Path | None,
@@ -97,8 +106,10 @@ def command(
     At least three repeats make a row that can be cited; fewer are for trying things out.
     """
     del artifact_kind  # there is one kind; the option keeps command lines of other tools working
-    if sweep and (profile or baseline or depth):
-        raise UsageError("--sweep goes without --profile, --baseline and --depth: give it the depths, and nothing more")
+    if sweep and (profile or baseline or depth or prompt_tokens):
+        raise UsageError(
+            "--sweep goes without --profile, --baseline, --depth and --prompt-tokens: give it the depths, and nothing more"
+        )
     if json_out is not None:
         (check_new_folder if sweep else check_writable)(json_out)
     before = read_json(baseline) if baseline is not None else None
@@ -139,7 +150,8 @@ def command(
         if sweep:
             reports = run_sweep(model_path, prompt, max_new_tokens, backend, depths=sweep, **options)
         else:
-            reports = [run_bench(model_path, prompt, max_new_tokens, backend, depth=depth, profile=profile, **options)]
+            options |= {"depth": depth, "profile": profile, "prompt_tokens": prompt_tokens}
+            reports = [run_bench(model_path, prompt, max_new_tokens, backend, **options)]
     if sweep:
         click.echo(sweep_table(reports))
         if json_out is not None:
@@ -199,6 +211,12 @@ def summary(report: dict[str, Any]) -> str:
     steps = timings.get("step_us")
     if steps:
         lines.append(f"  steps   p10 {steps['p10']:,.1f}  p50 {steps['p50']:,.1f}  p90 {steps['p90']:,.1f} us")
+    prompt = timings.get("prompt")
+    if prompt:
+        lines.append(
+            f"  prompt  {prompt['prompt_tokens_per_second']:8,.0f} tok/s   {prompt['tokens']:,} tokens, "
+            f"{prompt['median_first_token_ms']:,.1f} ms to the first token ({prompt['way']})"
+        )
     return "\n".join(lines + _roofline_lines(report))
 
 

@@ -96,7 +96,7 @@ def test_every_length_gives_what_token_by_token_gives(
     assert np.mean(divergences) <= MEAN_KL
     assert np.max(divergences) <= LARGEST_KL
     assert np.max(divergences) <= 5e-5, "halves are better than the bar by far; more than this is a mistake"
-    assert chunked.engine.prefill_note == ""
+    assert chunked.prefill == f"own kernels, {CHUNK_TOKENS} tokens at once"
 
 
 def test_decoding_goes_on_and_repeats_bit_for_bit(chunked: Session, small: Path, ids: list[int]) -> None:
@@ -248,10 +248,10 @@ def test_where_no_chunk_can_be_made_prompts_take_steps(
 
     with engine_with(small, make, driver) as engine:
         engine.feed(ids[:FEWEST])
-        assert engine.prefill_note == "", "nothing was asked for yet"
+        assert engine.prefill_way.startswith("by chunks"), "nothing was asked for yet"
         engine.reset()
         engine.feed(ids[:33])
-        assert engine.prefill_note == str(error)
+        assert engine.prefill_way == f"token by token: {error}"
         assert engine.logits().tobytes() == by_steps[33].tobytes()
 
 
