@@ -13,7 +13,7 @@ from .writer import Writer, signature
 
 @dataclass(frozen=True)
 class Place:
-    """Where the rows of a value lie: `offset` and `stride` in elements of a buffer; row t begins at offset + t * stride.
+    """Where the rows of a value lie, in elements of a buffer: row t begins at offset + t * stride.
 
     up: halves are stored times 2^-up, so that large values fit; whoever reads them multiplies it back.
     """

@@ -30,8 +30,10 @@ def emit_embed(node: Node, ctx: PrefillContext) -> Emitted:
         if (token >= span[1]) return;
         const int row = tokens[token];
         const u8* tile = table + (u64)(row >> 4) * {superblocks(columns)} * {row.struct}::BYTES;
-        for (int at = threadIdx.x; at < {columns}; at += {THREADS})
-            x[(u64)token * {columns} + at] = {row.struct}::element(tile + (at >> 8) * {row.struct}::BYTES, row & 15, at & 255);
+        for (int at = threadIdx.x; at < {columns}; at += {THREADS}) {{
+            const u8* superblock = tile + (at >> 8) * {row.struct}::BYTES;
+            x[(u64)token * {columns} + at] = {row.struct}::element(superblock, row & 15, at & 255);
+        }}
     """)
     return kernel.done(ctx.tokens, bytes_read=ctx.tokens * (columns // row.block_columns) * row.block_bytes)
 
@@ -96,9 +98,11 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
         const int token = which / {rows}, head = which % {rows};  // heads of q, then of k, then of v
         if (token >= span[1]) return;
         const int position = span[0] + token;
-        const float* source = q + (u64)token * {places[0].stride} + {places[0].offset} + head * HEAD_DIM;
-        if (head >= HEADS + KV_HEADS) source = v + (u64)token * {places[2].stride} + {places[2].offset} + (head - HEADS - KV_HEADS) * HEAD_DIM;
-        else if (head >= HEADS) source = k + (u64)token * {places[1].stride} + {places[1].offset} + (head - HEADS) * HEAD_DIM;
+        const int own = head < HEADS ? head : (head - HEADS) % KV_HEADS;
+        const float* source = q + (u64)token * {places[0].stride} + {places[0].offset};
+        if (head >= HEADS + KV_HEADS) source = v + (u64)token * {places[2].stride} + {places[2].offset};
+        else if (head >= HEADS) source = k + (u64)token * {places[1].stride} + {places[1].offset};
+        source += own * HEAD_DIM;
         float low[PAIRS], high[PAIRS], squares = 0.0f;
         for_each<PAIRS>([&](auto u) {{
             int i = u.index * 32 + lane;
@@ -110,10 +114,8 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
         const float factor = rsqrtf(lanes_sum(squares, 32) * (1.0f / HEAD_DIM) + {c_float(eps)});
         const float* weights = head < HEADS ? q_norm : k_norm;
         u16* to = turned + (u64)token * {turned.stride} + head * HEAD_DIM;
-        if (head >= HEADS) {{
-            int own = (head - HEADS) % KV_HEADS;
-            to = (head < HEADS + KV_HEADS ? k_cache : v_cache) + ((u64)own * context + position) * HEAD_DIM;
-        }}
+        const u64 line = (u64)own * context + position;
+        if (head >= HEADS) to = (head < HEADS + KV_HEADS ? k_cache : v_cache) + line * HEAD_DIM;
         for_each<PAIRS>([&](auto u) {{
             int i = u.index * 32 + lane;
             if (i < HEAD_DIM / 2) {{
@@ -154,8 +156,9 @@ def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
     kernel.writer.lines(f"""
         extern __shared__ __align__(128) u8 shared_memory[];
         const int kv_head = blockIdx.x % {kv_heads}, block = {blocks - 1} - (int)blockIdx.x / {kv_heads};
-        attend_block<{head_dim}, {group}>(q, k_cache, v_cache, y, {source.stride}, {y.stride}, span[0], span[1], context,
-                                          kv_head, block, {c_float(scale)}, (u16*)shared_memory);
+        attend_block<{head_dim}, {group}>(
+            q, k_cache, v_cache, y, {source.stride}, {y.stride}, span[0], span[1], context, kv_head, block,
+            {c_float(scale)}, (u16*)shared_memory);
     """)
     keys = 32 if head_dim > 128 else 64
     shared = 2 * keys * (2 * head_dim + 24) * 2

@@ -165,7 +165,10 @@ def _name_kernels(pieces: list[tuple[Node, Emitted]]) -> tuple[tuple[Kernel, ...
             stems[piece.stem] = stems.get(piece.stem, 0) + 1
             name = piece.stem if stems[piece.stem] == 1 else f"{piece.stem}_{stems[piece.stem]}"
             known[piece.body] = name
-            about = [f"{name}: {piece.grid} blocks of {piece.block} threads; {piece.describe or 'plain'}", print_node(node)]
+            about = [
+                f"{name}: {piece.grid} blocks of {piece.block} threads; {piece.describe or 'plain'}",
+                print_node(node),
+            ]
             comment = "".join(f"// {line}\n" for line in about)
             text = f'#include "{HEADER_NAME}"\n' + comment + piece.body.replace("KERNEL(", f"{name}(", 1)
             kernels.append(Kernel(name, text))

@@ -1,8 +1,8 @@
 """Products over a chunk of tokens: `matvec`, `matvec_add` and `matvec_swiglu` with a sequence dimension.
 
-Two ways, chosen by the machine (`lower_prefill`'s library): one kernel that turns packed weights into halves in registers
-and multiplies them on the tensor cores (`multiply_block` of the prefill header), or a kernel that spreads a matrix as
-halves, a library's product over it, and where needed a kernel for what comes after.
+Two ways, chosen by the machine (`lower_prefill`'s library): one kernel that turns packed weights into halves in
+registers and multiplies them on the tensor cores (`multiply_block` of the prefill header), or a kernel that spreads a
+matrix as halves, a library's product over it, and where needed a kernel for what comes after.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ SWIGLU_UP = 4
 
 def emit_prefill_product(node: Node, ctx: PrefillContext) -> list[Emitted]:
     """The launches of one of `PREFILL_PRODUCTS`."""
-    x, weights = node.ins[0], tuple(value for value in node.ins[1:] if len(value.type.shape) == 2 and value != node.ins[0])
+    x, weights = (
+        node.ins[0],
+        tuple(value for value in node.ins[1:] if len(value.type.shape) == 2 and value != node.ins[0]),
+    )
     if node.op == "matvec_add":
         weights = (node.ins[1],)
     if x.type.dtype != "f16":
-        raise UnsupportedModelError(f"%{x.name} has other readers than products: no kernel multiplies it over a sequence")
+        raise UnsupportedModelError(
+            f"%{x.name} has other readers than products: no kernel multiplies it over a sequence"
+        )
     place = ctx.place(x)
     return (_by_library if ctx.library else _by_kernel)(node, ctx, place, weights)
 
@@ -62,7 +67,9 @@ def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, 
         const int pair = (threadIdx.x >> 6) & 1;  // of a block's two pairs of tiles, this warp's
         ProductSums sums;
     """)
-    multiply = "multiply_block<{a}, {b}, SUPERBLOCKS>(sums, {first}, {second}, x, first_token, count, (u16*)shared_memory);"
+    multiply = (
+        "multiply_block<{a}, {b}, SUPERBLOCKS>(sums, {first}, {second}, x, first_token, count, (u16*)shared_memory);"
+    )
     scale = f" * {float(2**x.up)}f" if x.up else ""
     if swiglu:
         a, b = (row.struct for row in types)
@@ -73,7 +80,7 @@ def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, 
         """)
         writer.line(multiply.format(a=a, b=b, first=f"weight0 + at * {a}::BYTES", second=f"weight1 + at * {b}::BYTES"))
         with writer.block("store_sums(sums, first_token, count, [&](int row, int token, float gate, float up)", "});"):
-            writer.line(f"int to = (block * 2 + pair) * 16 + row;")
+            writer.line("int to = (block * 2 + pair) * 16 + row;")
             value = f"silu(gate{scale}) * (up{scale})"
             writer.line(
                 f"if (to < {rows[0]}) y[(u64)token * {y.stride} + to] = float_to_half({value} * {1.0 / 2**SWIGLU_UP}f);"
@@ -88,7 +95,9 @@ def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, 
             if index:
                 with writer.block(f"if (blockIdx.x / TOKEN_BLOCKS >= {start})"):
                     writer.line(f"weight = weight{index}, rows = {count}, offset = {offset};")
-                    writer.line(f"type = {structs.index(types[index].struct)}, block = blockIdx.x / TOKEN_BLOCKS - {start};")
+                    writer.line(
+                        f"type = {structs.index(types[index].struct)}, block = blockIdx.x / TOKEN_BLOCKS - {start};"
+                    )
             start, offset = start + blocks[index], offset + count
         writer.lines("""
             const int last = (rows + 15) / 16 - 1, tile = block * 4 + pair * 2;
@@ -100,8 +109,8 @@ def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, 
             where = {"first": f"weight + one * {struct}::BYTES", "second": f"weight + two * {struct}::BYTES"}
             writer.line(head + multiply.format(a=struct, b=struct, **where))
         with writer.block("store_sums(sums, first_token, count, [&](int row, int token, float a, float b)", "});"):
-            add = f"residual[at] + " if node.op == "matvec_add" else ""
-            add2 = f"residual[at + 16] + " if node.op == "matvec_add" else ""
+            add = "residual[at] + " if node.op == "matvec_add" else ""
+            add2 = "residual[at + 16] + " if node.op == "matvec_add" else ""
             writer.lines(f"""
                 const int to = tile * 16 + row;
                 const u64 at = (u64)token * {y.stride} + offset + to;
@@ -146,9 +155,7 @@ def _by_library(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value,
     return [*launches, _library_call(halves, x, old, y.buffer, rows, ctx.tokens, columns, add)]
 
 
-def _library_call(
-    w: str, x: Place, c: str, y: str, rows: int, tokens: int, columns: int, add: bool
-) -> Emitted:
+def _library_call(w: str, x: Place, c: str, y: str, rows: int, tokens: int, columns: int, add: bool) -> Emitted:
     return Emitted(LIBRARY_PRODUCT, "", 1, 1, (w, x.buffer, c, y, rows, tokens, columns, int(add), x.up))
 
 

@@ -43,7 +43,7 @@ PER_TOKEN: Mapping[str, Mapping[str, int]] = {
 
 
 def sequence_length(op: Op, names: Sequence[str], ranks: Sequence[int], firsts: Sequence[int]) -> int | None:
-    """T of a node over a sequence, None for one of a step. ranks, firsts: of each operand, its rank and first extent."""
+    """T of a node over a sequence, None for one of a step. ranks, firsts: each operand's rank and first extent."""
     known = PER_TOKEN.get(op.name, {})
     for name, rank, first in zip(names, ranks, firsts, strict=True):
         if name in known and rank == known[name] + 1:
@@ -94,7 +94,9 @@ def compute_over(
     length = sequence_length(op, names, [array.ndim for array in ins], [array.shape[0] for array in ins])
     if length is None:
         return None
-    per_token = [array.ndim == PER_TOKEN[op.name].get(name, array.ndim) + 1 for name, array in zip(names, ins, strict=True)]
+    per_token = [
+        array.ndim == PER_TOKEN[op.name].get(name, array.ndim) + 1 for name, array in zip(names, ins, strict=True)
+    ]
     made = op.result_names(len(ins), attrs)
     first, count = (int(n) for n in ins[names.index("position")]) if "position" in names else (0, length)
     current, rows = list(ins), []

@@ -174,14 +174,17 @@ def run_bench(
 ) -> dict[str, Any]:
     """The report of a benchmark, as `report.build_report` makes it; nothing is written.
 
-    options: those of `prepared`. profile: time every kernel of the step too. prompt_tokens: measure how fast a prompt of
-    so many tokens goes in too, 0 for no. on_run(runs done, runs in all).
+    options: those of `prepared`. profile: time every kernel of the step too. prompt_tokens: measure how fast a prompt
+    of so many tokens goes in too, 0 for no. on_run(runs done, runs in all).
     """
     work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth)
     options |= {"extra_positions": POSITIONS if profile else 0, "prompt_tokens": prompt_tokens}
     with prepared(path, work, backend, **options) as bench:
-        what = {"profile": profile, "prompt_tokens": prompt_tokens}
-        return measure(bench.session, work, bench.admission, bench.model_size, bench.snapshot, on_run, **what)
+        return measure(
+            *(bench.session, work, bench.admission, bench.model_size, bench.snapshot, on_run),
+            profile=profile,
+            prompt_tokens=prompt_tokens,
+        )
 
 
 def run_sweep(

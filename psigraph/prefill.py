@@ -43,7 +43,9 @@ def prefill_maker(
         try:
             graph = prefill_graph(model.graph((), sampling), CHUNK_TOKENS)
             program = lower_prefill(graph, target, library is not None)
-            return PrefillPlan(program, compile_program(program, target.arch, KernelCache(default_cache_dir())), library)
+            return PrefillPlan(
+                program, compile_program(program, target.arch, KernelCache(default_cache_dir())), library
+            )
         except BaseException:
             if library is not None:
                 library.close()

@@ -249,7 +249,9 @@ def open_session(
         why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
         raise UsageError(f"--device {device}: {why}; leave it out, or take --backend cuda")
     check_prefill(prefill, backend)
-    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, prompts, on_load, on_compile)
+    opener = _Opener(
+        device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, prompts, on_load, on_compile
+    )
     # A driver takes a third of a second to start, which the header and the passes can use.
     with ThreadPoolExecutor(max_workers=1) as pool:
         starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None

@@ -108,7 +108,8 @@ def command(
     del artifact_kind  # there is one kind; the option keeps command lines of other tools working
     if sweep and (profile or baseline or depth or prompt_tokens):
         raise UsageError(
-            "--sweep goes without --profile, --baseline, --depth and --prompt-tokens: give it the depths, and nothing more"
+            "--sweep goes without --profile, --baseline, --depth and --prompt-tokens: "
+            "give it the depths, and nothing more"
         )
     if json_out is not None:
         (check_new_folder if sweep else check_writable)(json_out)

@@ -39,7 +39,10 @@ def multiply_in_numpy(w: int, x: int, c: int, y: int, rows: int, tokens: int, co
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
 
-    product = view(x, np.float16, tokens, columns).astype(np.float32) @ view(w, np.float16, rows, columns).astype(np.float32).T
+    product = (
+        view(x, np.float16, tokens, columns).astype(np.float32)
+        @ view(w, np.float16, rows, columns).astype(np.float32).T
+    )
     result = product * np.float32(2.0**up)
     view(y, np.float32, tokens, rows)[:] = result + view(c, np.float32, tokens, rows) if add else result
 
@@ -51,7 +54,8 @@ def prefill_product_graph(dtypes: tuple[str, ...], rows: int, columns: int, toke
     few = max(8, rows // 2)
     x, y, fewer = f"f32[{tokens},{columns}]", f"f32[{tokens},{rows}]", f"f32[{tokens},{few}]"
     down = rows % 256 == 0
-    return parse_graph(f"""graph products(weight %w0: {types[0]}[{rows},{columns}], weight %w1: {types[1]}[{rows},{columns}],
+    return parse_graph(f"""graph products(
+            weight %w0: {types[0]}[{rows},{columns}], weight %w1: {types[1]}[{rows},{columns}],
             weight %w2: {types[2]}[{few},{columns}], {f"weight %down: {types[0]}[24,{rows}]," if down else ""}
             weight %norm: f32[{columns}], state %x: {x}, state %residual: {y}, state %less: f32[{tokens},24],
             state %span: i32[2]) {{
