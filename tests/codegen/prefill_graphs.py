@@ -14,6 +14,7 @@ from psigraph.ir.program import LIBRARY_PRODUCT, Launch
 from psigraph.ir.text import parse_graph
 
 EPS, THETA = 1e-6, 1e6
+CHUNK, CONTEXT = 96, 190
 
 
 class PrefillStep(Step):
@@ -61,9 +62,25 @@ def prefill_product_graph(dtypes: tuple[str, ...], rows: int, columns: int, toke
             state %span: i32[2]) {{
         %h: f16[{tokens},{columns}] = rms_norm(%x, %norm) {{eps={EPS}}}
         %q: {y}, %k: {y}, %v: {fewer} = matvec(%h, %w0, %w1, %w2)
-        %one: {fewer} = matvec(%h, %w2)
         %more: {y} = matvec_add(%h, %w0, %residual)
         %act: f16[{tokens},{rows}] = matvec_swiglu(%h, %w0, %w1)
         {f"%x2: f32[{tokens},24] = matvec_add(%act, %down, %less)" if down else ""}
-        return h=%h, q=%q, k=%k, v=%v, one=%one, more=%more, act=%act {", x2=%x2" if down else ""}
+        return h=%h, q=%q, k=%k, v=%v, more=%more, act=%act {", x2=%x2" if down else ""}
+    }}""")
+
+
+def heads_graph(head_dim: int, group: int, kv_heads: int) -> Graph:
+    """Norms, rotation, caches and attention of a chunk of CHUNK tokens."""
+    heads = group * kv_heads
+    cache = f"f16[{kv_heads},{CONTEXT},{head_dim}]"
+    query, key = f"f32[{CHUNK},{heads * head_dim}]", f"f32[{CHUNK},{kv_heads * head_dim}]"
+    return parse_graph(f"""graph heads(weight %q_norm: f32[{head_dim}], weight %k_norm: f32[{head_dim}],
+            state %q: {query}, state %k: {key}, state %v: {key}, state %k_cache: {cache}, state %v_cache: {cache},
+            state %span: i32[2]) {{
+        %turned: f16[{CHUNK},{heads},{head_dim}], %k1: {cache}, %v1: {cache} =
+            rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %span)
+                {{eps={EPS}, theta={THETA}, heads={heads}, kv_heads={kv_heads}}}
+        %y: f16[{CHUNK},{heads},{head_dim}] = attention(%turned, %k1, %v1, %span) {{scale={head_dim**-0.5}}}
+        %a: f16[{CHUNK},{heads * head_dim}] = merge_heads(%y)
+        return turned=%turned, a=%a, k_cache=%k1, v_cache=%v1
     }}""")
