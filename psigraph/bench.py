@@ -117,6 +117,7 @@ def prepared(
     on_size: Callable[[str], None] | None = None,
     prompt_name: str = "--prompt-token-ids",
     prompt_tokens: int = 0,
+    prefill: str = "auto",
     filling: Filling = BENCH_FILLING,
     **hooks: Any,
 ) -> Iterator[Bench]:
@@ -149,7 +150,7 @@ def prepared(
     with open_session(
         *(path, backend, device, ctx, outputs, graph, disable),
         positions=positions,
-        prompts=prompt_tokens > 0,
+        prefill=prefill,
         admit=admit,
         check=check,
         filling=filling,
@@ -275,6 +276,7 @@ def prompt_record(session: Session, tokens: int, repeats: int) -> dict[str, Any]
     Timed from the first id until the host knows the token behind the last one, after one run that nobody times. The
     rate is the prompt's tokens by that time, so it has the choice of a token in it, which `llama-bench`'s pp has not.
     """
+    session.expect_prompt(tokens)
     ids, found = filler_ids(tokens, session.vocabulary), []
     for _ in range(repeats + 1):
         session.reset()

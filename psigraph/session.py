@@ -29,6 +29,7 @@ from .prefill import check_prefill, prefill_maker
 from .report import ENGINES
 from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import KernelCache, default_cache_dir
+from .runtime.prefill import FEWEST
 from .sampler import SamplerSettings
 from .tuned import load_tuned
 
@@ -80,8 +81,8 @@ class Session:
     backend    "cuda", "host" or "cpu": what it runs on, never "auto".
     program    what the GPU or the stand-in runs; None in numpy.
     facts      for reports: where it runs and in what arithmetic.
-    timings    milliseconds of open_ms, driver_ms, fuse_ms, compile_ms, load_ms, modules_ms, capture_ms; counts of
-               kernels and of those that came from the cache.
+    timings    milliseconds of open_ms, driver_ms, fuse_ms, compile_ms, load_ms, modules_ms, capture_ms and, once a
+               prompt is expected, prefill_ms; counts of kernels and of those that came from the cache.
     end_tokens ids after which a text is over; decoding does not stop at them by itself.
     """
 
@@ -147,6 +148,14 @@ class Session:
             return 128 if chunked else 1
         return 8192 if chunked else 512
 
+    def expect_prompt(self, tokens: int) -> None:
+        """Make ready now what takes a prompt of so many tokens in, which else the first such prompt waits for."""
+        prepare = getattr(self.engine, "prepare_prefill", None)
+        if prepare is not None and tokens > FEWEST:
+            began = time.perf_counter()
+            prepare()
+            self.timings["prefill_ms"] = 1e3 * (time.perf_counter() - began)
+
     def reset(self) -> None:
         """Back to position 0."""
         self.engine.reset()
@@ -210,7 +219,6 @@ def open_session(
     cache_dtype: str = "f16",
     sampling: bool = False,
     prefill: str = "auto",
-    prompts: bool = True,
     admit: Callable[[GgufFile], None] | None = None,
     check: Callable[[Model], None] | None = None,
     filling: Filling = Filling(),
@@ -232,8 +240,6 @@ def open_session(
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
     prefill      how prompts go in, see `prefill`: "own" kernels by chunks, a "library"'s products, "off": token by
                  token, "auto": the library on a GPU that has one, else own kernels. In numpy always token by token.
-    prompts      False: no long prompt is to be expected, so what takes one in is made when one comes; else, on a GPU,
-                 it is made now.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
     filling      how errors speak of `positions`.
@@ -249,9 +255,7 @@ def open_session(
         why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
         raise UsageError(f"--device {device}: {why}; leave it out, or take --backend cuda")
     check_prefill(prefill, backend)
-    opener = _Opener(
-        device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, prompts, on_load, on_compile
-    )
+    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, on_load, on_compile)
     # A driver takes a third of a second to start, which the header and the passes can use.
     with ThreadPoolExecutor(max_workers=1) as pool:
         starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None
@@ -337,14 +341,12 @@ class _Opener:
         cache_dtype: str,
         sampling: bool,
         prefill: str,
-        prompts: bool,
         on_load: Progress | None,
         on_compile: Progress | None,
     ) -> None:
         self.device, self.outputs, self.graph, self.disable = device, outputs, graph, disable
         self.shapes, self.cache_dtype, self.sampling = shapes, cache_dtype, sampling
-        self.prefill, self.prompts = prefill, prompts
-        self.on_load, self.on_compile = on_load, on_compile
+        self.prefill, self.on_load, self.on_compile = prefill, on_load, on_compile
         self.timings: dict[str, float] = {}
         self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if sampling else {}
 
@@ -405,10 +407,8 @@ class _Opener:
                 constants=self.constants,
                 prefill=prefill_maker(self.prefill, backend, model, self.sampling, target, driver),
             )
-            if backend == "cuda" and self.prompts:  # the stand-in compiles for longer than most prompts take
-                began = time.perf_counter()
+            if self.prefill == "library":  # who asks for it hears now, and not at the first prompt, that there is none
                 engine.prepare_prefill()
-                self._lap("prefill_ms", began)
         except BaseException:
             driver.close()
             raise

@@ -11,7 +11,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir.errors import DeviceError
+from ..ir.errors import DeviceError, UnsupportedModelError
 from .driver import Driver
 from .prefill import Library
 
@@ -60,7 +60,8 @@ class _Shape:
 
 
 class Cublas:
-    """`runtime.prefill.Library` over cuBLASLt. DeviceError if a call fails."""
+    """`runtime.prefill.Library` over cuBLASLt. DeviceError if a call fails; UnsupportedModelError for a shape without
+    an algorithm."""
 
     def __init__(self, driver: Driver, library: Any, name: str) -> None:
         self.name = name
@@ -118,7 +119,9 @@ class Cublas:
         finally:
             self._library.cublasLtMatmulPreferenceDestroy(preference)
         if count.value < 1 or shape.found.state:
-            raise DeviceError(f"cuBLASLt has no algorithm for {tokens} tokens x {rows} rows x {columns} columns")
+            raise UnsupportedModelError(
+                f"cuBLASLt has no algorithm for {tokens} tokens x {rows} rows x {columns} columns"
+            )
 
     def product(
         self, w: int, x: int, c: int, y: int, rows: int, tokens: int, columns: int, add: bool, up: int, stream: Any

@@ -13,7 +13,16 @@ from ..ir.errors import UsageError
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
 from ..policy import Admission
 from ..report import validate_report
-from .options import DEPTHS, FILE_PATH, MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
+from .options import (
+    DEPTHS,
+    FILE_PATH,
+    MODEL_PATH,
+    TOKEN_IDS,
+    admission_options,
+    backend_option,
+    prefill_option,
+    run_options,
+)
 from .stages import stages
 
 EPILOG = """\b
@@ -77,6 +86,7 @@ Examples:
 )
 @click.option("--baseline", type=FILE_PATH, metavar="R", help="Compare with this report of the same work.")
 @run_options
+@prefill_option
 @admission_options
 @click.option("--json-out", type=FILE_PATH, metavar="R", help="Write the report here.")
 def command(
@@ -97,6 +107,7 @@ def command(
     ctx: int | None,
     no_graph: bool,
     disable: tuple[str, ...],
+    prefill: str,
     allow_blocked: bool,
     expect_sha256: str | None,
     json_out: Path | None,
@@ -137,6 +148,7 @@ def command(
             "device": device,
             "graph": not no_graph,
             "disable": disable,
+            "prefill": prefill,
             "model_size": model_size,
             "allow_blocked": allow_blocked,
             "expect_sha256": expect_sha256,
