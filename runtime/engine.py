@@ -195,6 +195,10 @@ class Engine:
         """A driver call after whose failure the engine refuses everything."""
         return self._guard(name, *args)
 
+    def give_up(self, error: DeviceError) -> None:
+        """Refuse everything from here on."""
+        self._failed = self._failed or str(error)
+
     def shared(self) -> dict[Buffer, int]:
         """Where the step keeps what is no scratch memory."""
         return {buffer: self._address[buffer.name] for buffer in self.program.buffers if buffer.kind != "scratch"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ..ir.errors import UsageError
+from ..ir.errors import DeviceError, UsageError
 from ..ir.program import LIBRARY_PRODUCT, Launch, Program
 from .compiler import CompiledKernel
 from .driver import HostMemory
@@ -143,7 +143,11 @@ class Prefill:
         if self._executable is not None:
             engine.guard("cuGraphLaunch", self._executable, engine.stream)
         else:
-            self.launch_all()
+            try:
+                self.launch_all()
+            except DeviceError as error:  # out of memory too: half a chunk is no state to go on from
+                engine.give_up(error)
+                raise
 
     def launch_all(self) -> None:
         """Launch the chunk's kernels, one after the other."""

@@ -22,7 +22,25 @@ DEVICE u32 halves_from(float first, float second) {
 }
 #endif
 
-// 16 bytes on their way into shared memory; zeros where `inside` is false (the address must be valid all the same).
+// Two bytes of a word, 0 and 1 or 2 and 3, as halves of 1024 + the byte: a half's lowest bit is worth 1 there.
+// Sum, product, and product and sum of pairs of halves.
+#ifdef PSIGRAPH_HOST
+DEVICE u32 bytes_on_1024(u32 word, int second) { return 0x64006400u | byte_of_word(word, 2 * second) | byte_of_word(word, 2 * second + 1) << 16; }
+DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
+    float2 x = halves_to_floats(a), y = halves_to_floats(b), z = halves_to_floats(c);
+    return halves_from(x.x * y.x + z.x, x.y * y.y + z.y);
+}
+DEVICE u32 add_halves(u32 a, u32 b) { return fma_halves(a, 0x3c003c00u, b); }
+DEVICE u32 multiply_halves(u32 a, u32 b) { return fma_halves(a, b, 0x80008000u); }
+#else
+DEVICE u32 bytes_on_1024(u32 word, int second) { return __byte_perm(word, 0x64646464u, second ? 0x4342 : 0x4140); }
+DEVICE u32 fma_halves(u32 a, u32 b, u32 c) { u32 d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d; }
+DEVICE u32 add_halves(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 multiply_halves(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+#endif
+DEVICE u32 both_halves(float value) { return halves_from(value, value); }
+
+// 16 bytes on their way into shared memory; zeros, and nothing is read, where `inside` is false.
 // A thread sees its own copies after `finish_copies`, a block all of them after the barrier behind it.
 #ifdef PSIGRAPH_HOST
 DEVICE void copy_16(void* shared, const void* global, bool inside) { *(uint4*)shared = inside ? *(const uint4*)global : make_uint4(0, 0, 0, 0); }
@@ -82,20 +100,27 @@ template <int BLOCKS> DEVICE void multiply_columns(float (*sums)[4], const u32 t
 
 // ---------------------------------------------------------------------------------------------------------
 // One lane's share of a chunk (16 rows x 64 columns) of a tile: `Raw::load` only asks memory for it, `prepare` works out
-// the scales, `tile` makes the halves of group J as `multiply_rows` wants them. A value is worked out in float32 and
-// rounded once.
+// the scales, `tile` makes the halves of group J as `multiply_rows` wants them. Scales are worked out in float32.
 // ---------------------------------------------------------------------------------------------------------
 
 template <class TYPE> struct Chunk;
 
-// Four unsigned bytes times scale, less zero, as two pairs of halves.
-DEVICE void scaled_bytes(u32& first, u32& second, u32 word, float scale, float zero) {
-    first = halves_from(byte_to_float(word, 0) * scale - zero, byte_to_float(word, 1) * scale - zero);
-    second = halves_from(byte_to_float(word, 2) * scale - zero, byte_to_float(word, 3) * scale - zero);
+// Four unsigned bytes as halves: (byte - CENTER) * scale + offset, or without an offset. The difference is exact, the
+// scale is rounded, and so is the result. CENTER: the middle of the bytes' range, so that what is rounded is small.
+template <int CENTER> DEVICE void scaled_bytes(u32& first, u32& second, u32 word, u32 scale, u32 offset) {
+    constexpr u32 LESS = 0xe400e400u + CENTER * 0x10001u;  // -(1024 + CENTER)
+    first = fma_halves(add_halves(bytes_on_1024(word, 0), LESS), scale, offset);
+    second = fma_halves(add_halves(bytes_on_1024(word, 1), LESS), scale, offset);
+}
+template <int CENTER> DEVICE void scaled_bytes(u32& first, u32& second, u32 word, u32 scale) {
+    constexpr u32 LESS = 0xe400e400u + CENTER * 0x10001u;
+    first = multiply_halves(add_halves(bytes_on_1024(word, 0), LESS), scale);
+    second = multiply_halves(add_halves(bytes_on_1024(word, 1), LESS), scale);
 }
 
-// Q4_K and Q5_K: what the 6-bit scales and minima are worth for this chunk: [half of the columns][row g, row g + 8].
-struct ChunkScales {
+// Q4_K and Q5_K: what the 6-bit scales and minima are worth for this chunk, in both halves of a word: [half of the
+// columns][row g, row g + 8]. scale * quant - minimum = scale * (quant - CENTER) + offset.
+template <int CENTER> struct ChunkScales {
     struct Raw {
         u32 planes[2][3];
         uint2 d;
@@ -108,16 +133,18 @@ struct ChunkScales {
             d = ((const uint2*)(header + 192))[lane >> 2];
         }
     };
-    float scale[2][2], zero[2][2];
+    u32 scale[2][2], offset[2][2];
+    METHOD void put(int half, int row, float scale_, float minimum) {
+        scale[half][row] = both_halves(scale_);
+        offset[half][row] = both_halves(scale_ * (float)CENTER - minimum);
+    }
     METHOD void prepare(const Raw& raw, int chunk) {
         const float2 low_d = halves_to_floats(raw.d.x), high_d = halves_to_floats(raw.d.y);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             u32 a = raw.planes[half][0] >> (8 * chunk), b = raw.planes[half][1] >> (8 * chunk), c = raw.planes[half][2] >> (8 * chunk);
-            scale[half][0] = low_d.x * (float)(a & 0x3fu);
-            scale[half][1] = high_d.x * (float)(b & 0x3fu);
-            zero[half][0] = low_d.y * (float)((c & 0x0fu) | ((a >> 2) & 0x30u));
-            zero[half][1] = high_d.y * (float)(((c >> 4) & 0x0fu) | ((b >> 2) & 0x30u));
+            put(half, 0, low_d.x * (float)(a & 0x3fu), low_d.y * (float)((c & 0x0fu) | ((a >> 2) & 0x30u)));
+            put(half, 1, high_d.x * (float)(b & 0x3fu), high_d.y * (float)(((c >> 4) & 0x0fu) | ((b >> 2) & 0x30u)));
         }
     }
 };
@@ -125,21 +152,21 @@ struct ChunkScales {
 template <> struct Chunk<Q4K> {
     struct Raw {
         uint4 packed;
-        ChunkScales::Raw scales;
+        ChunkScales<8>::Raw scales;
         METHOD void load(const u8* superblock, int chunk, int lane) {
             packed = ((const uint4*)superblock)[chunk * 32 + lane];
             scales.load(superblock + 2048, lane);
         }
     };
     u32 words[4];
-    ChunkScales scales;
+    ChunkScales<8> scales;
     METHOD void prepare(const Raw& raw, int chunk) {
         words[0] = raw.packed.x, words[1] = raw.packed.y, words[2] = raw.packed.z, words[3] = raw.packed.w;
         scales.prepare(raw.scales, chunk);
     }
     template <int J> METHOD void tile(u32 out[4]) const {
-        scaled_bytes(out[0], out[2], words[J] & 0x0f0f0f0fu, scales.scale[J / 2][0], scales.zero[J / 2][0]);
-        scaled_bytes(out[1], out[3], (words[J] >> 4) & 0x0f0f0f0fu, scales.scale[J / 2][1], scales.zero[J / 2][1]);
+        scaled_bytes<8>(out[0], out[2], words[J] & 0x0f0f0f0fu, scales.scale[J / 2][0], scales.offset[J / 2][0]);
+        scaled_bytes<8>(out[1], out[3], (words[J] >> 4) & 0x0f0f0f0fu, scales.scale[J / 2][1], scales.offset[J / 2][1]);
     }
 };
 
@@ -147,7 +174,7 @@ template <> struct Chunk<Q5K> {
     struct Raw {
         uint4 packed;
         u32 bits;
-        ChunkScales::Raw scales;
+        ChunkScales<16>::Raw scales;
         METHOD void load(const u8* superblock, int chunk, int lane) {
             packed = ((const uint4*)superblock)[chunk * 32 + lane];
             bits = ((const u32*)(superblock + 2048))[chunk * 32 + lane];
@@ -155,7 +182,7 @@ template <> struct Chunk<Q5K> {
         }
     };
     u32 words[4], bits;
-    ChunkScales scales;
+    ChunkScales<16> scales;
     METHOD void prepare(const Raw& raw, int chunk) {
         words[0] = raw.packed.x, words[1] = raw.packed.y, words[2] = raw.packed.z, words[3] = raw.packed.w;
         bits = raw.bits;
@@ -163,8 +190,8 @@ template <> struct Chunk<Q5K> {
     }
     template <int J> METHOD void tile(u32 out[4]) const {
         u32 low = ((bits >> (2 * J)) & 0x01010101u) << 4, high = ((bits >> (2 * J + 1)) & 0x01010101u) << 4;
-        scaled_bytes(out[0], out[2], (words[J] & 0x0f0f0f0fu) | low, scales.scale[J / 2][0], scales.zero[J / 2][0]);
-        scaled_bytes(out[1], out[3], ((words[J] >> 4) & 0x0f0f0f0fu) | high, scales.scale[J / 2][1], scales.zero[J / 2][1]);
+        scaled_bytes<16>(out[0], out[2], (words[J] & 0x0f0f0f0fu) | low, scales.scale[J / 2][0], scales.offset[J / 2][0]);
+        scaled_bytes<16>(out[1], out[3], ((words[J] >> 4) & 0x0f0f0f0fu) | high, scales.scale[J / 2][1], scales.offset[J / 2][1]);
     }
 };
 
@@ -180,7 +207,7 @@ template <> struct Chunk<Q6K> {
         }
     };
     u32 words[4], bits[8];  // bits: moved down so that those of this chunk are lowest
-    float scale[4][2];      // [group][row g, row g + 8]
+    u32 scale[4][2];        // [group][row g, row g + 8]
     METHOD void prepare(const Raw& raw, int chunk) {
         words[0] = raw.packed.x, words[1] = raw.packed.y, words[2] = raw.packed.z, words[3] = raw.packed.w;
         const u32 all[8] = {raw.first.x, raw.first.y, raw.first.z, raw.first.w, raw.second.x, raw.second.y, raw.second.z, raw.second.w};
@@ -191,13 +218,13 @@ template <> struct Chunk<Q6K> {
                               raw.scales[1].x, raw.scales[1].y, raw.scales[1].z, raw.scales[1].w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            scale[j][0] = low * signed_byte_to_float(bytes[2 * j] >> (8 * chunk), 0);
-            scale[j][1] = high * signed_byte_to_float(bytes[2 * j + 1] >> (8 * chunk), 0);
+            scale[j][0] = both_halves(low * signed_byte_to_float(bytes[2 * j] >> (8 * chunk), 0));
+            scale[j][1] = both_halves(high * signed_byte_to_float(bytes[2 * j + 1] >> (8 * chunk), 0));
         }
     }
     template <int J> METHOD void tile(u32 out[4]) const {
-        scaled_bytes(out[0], out[2], (words[J] & 0x0f0f0f0fu) | bits[2 * J] << 4, scale[J][0], 32.0f * scale[J][0]);
-        scaled_bytes(out[1], out[3], ((words[J] >> 4) & 0x0f0f0f0fu) | bits[2 * J + 1] << 4, scale[J][1], 32.0f * scale[J][1]);
+        scaled_bytes<32>(out[0], out[2], (words[J] & 0x0f0f0f0fu) | bits[2 * J] << 4, scale[J][0]);
+        scaled_bytes<32>(out[1], out[3], ((words[J] >> 4) & 0x0f0f0f0fu) | bits[2 * J + 1] << 4, scale[J][1]);
     }
 };
 
@@ -218,9 +245,9 @@ template <> struct Chunk<Q80> {
         scales[0] = raw.scales[0], scales[1] = raw.scales[1];
     }
     template <int J> METHOD void tile(u32 out[4]) const {
-        float low = half_to_float((u16)(scales[0] >> (J / 2 * 16))), high = half_to_float((u16)(scales[1] >> (J / 2 * 16)));
-        scaled_bytes(out[0], out[2], words[2 * J], low, 128.0f * low);
-        scaled_bytes(out[1], out[3], words[2 * J + 1], high, 128.0f * high);
+        const u32 low = (scales[0] >> (J / 2 * 16) & 0xffffu) * 0x10001u, high = (scales[1] >> (J / 2 * 16) & 0xffffu) * 0x10001u;
+        scaled_bytes<128>(out[0], out[2], words[2 * J], low);
+        scaled_bytes<128>(out[1], out[3], words[2 * J + 1], high);
     }
 };
 
@@ -288,13 +315,12 @@ constexpr int STAGE_HALVES = BLOCK_TOKENS * STAGE_STRIDE;
 
 typedef float ProductSums[2][WARP_TOKENS / 8][4];
 
-DEVICE void fetch_stage(u16* stage, const u16* x, int stride, int first, int count, int column) {
+// A thread copies 16 bytes of every 16th token. source: of its first one, at the stage's first column; `rows` of the
+// block's tokens count from that one on. An address behind the last token is given and not read.
+template <int STRIDE> DEVICE void fetch_stage(u16* stage, const u16* source, int rows) {
+    u16* to = stage + threadIdx.x / 16 * STAGE_STRIDE + threadIdx.x % 16 * 8;
 #pragma unroll
-    for (int i = 0; i < BLOCK_TOKENS * STAGE_COLUMNS / 8 / PRODUCT_THREADS; i++) {
-        int piece = i * PRODUCT_THREADS + threadIdx.x, token = piece / (STAGE_COLUMNS / 8), part = piece % (STAGE_COLUMNS / 8);
-        bool inside = first + token < count;
-        copy_16(stage + token * STAGE_STRIDE + part * 8, x + (u64)(inside ? first + token : first) * stride + column + part * 8, inside);
-    }
+    for (int i = 0; i < BLOCK_TOKENS / 16; i++) copy_16(to + i * 16 * STAGE_STRIDE, source + i * 16 * STRIDE, i * 16 < rows);
 }
 
 // The sums of this warp's tiles; of team 0 they are whole in the end. first, second: its two tiles; x: halves
@@ -304,7 +330,11 @@ DEVICE void multiply_block(ProductSums& sums, const u8* first, const u8* second,
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, team = warp >> 2, token_warp = warp & 1;
     const bool busy = first_token + token_warp * WARP_TOKENS < count;
     for_each<2>([&](auto i) { for_each<WARP_TOKENS / 8>([&](auto n) { for_each<4>([&](auto e) { sums[i.index][n.index][e.index] = 0.0f; }); }); });
-    fetch_stage(shared, x, SUPERBLOCKS * 256, first_token, count, 0);
+    static_assert(PRODUCT_THREADS == 16 * (STAGE_COLUMNS / 8), "16 threads a token, 16 tokens at once");
+    constexpr int STRIDE = SUPERBLOCKS * 256;
+    const int my_token = first_token + threadIdx.x / 16;
+    const u16* source = x + (u64)my_token * STRIDE + threadIdx.x % 16 * 8;
+    fetch_stage<STRIDE>(shared, source, count - my_token);
     typename Chunk<A>::Raw raw_a;
     typename Chunk<B>::Raw raw_b;
     if (busy) {
@@ -316,7 +346,7 @@ DEVICE void multiply_block(ProductSums& sums, const u8* first, const u8* second,
         finish_copies();
         __syncthreads();
         const int next = step + 1;
-        if (next < 2 * SUPERBLOCKS) fetch_stage(shared + (next & 1) * STAGE_HALVES, x, SUPERBLOCKS * 256, first_token, count, next * STAGE_COLUMNS);
+        if (next < 2 * SUPERBLOCKS) fetch_stage<STRIDE>(shared + (next & 1) * STAGE_HALVES, source + next * STAGE_COLUMNS, count - my_token);
         if (busy) {
             Chunk<A> a;
             Chunk<B> b;

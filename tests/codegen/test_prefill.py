@@ -17,6 +17,7 @@ from psigraph.ir import meaning
 from psigraph.ir.errors import UnsupportedModelError
 from psigraph.ir.graph import Graph
 from psigraph.ir.text import parse_graph
+from psigraph.ir.types import FLOAT_WEIGHTS
 
 HALF_UNIT, LEAST_HALF = 2.0**-11, 2.0**-25  # what rounding to a half costs, relative and where it is subnormal
 ROUND = SUM_UNITS * UNIT
@@ -73,10 +74,12 @@ def check_products(graph: Graph, values: Arrays, states: Arrays, got: Arrays, co
     h = got["h"][:count].astype(np.float64)
 
     def product(weight: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """w @ x of every row, and how far it may be: weights are rounded to halves, from float32 arithmetic whose
-        terms are as large as a block's range."""
+        """w @ x of every row, and how far it may be. A weight as halves is scale * (quant - centre) + offset: scale,
+        offset and result are rounded, and what is rounded is at most as large as the largest weight of its block."""
         matrix, dtype = values[weight], graph.param(weight).type.dtype
-        size = (HALF_UNIT + ROUND) * np.abs(matrix) + 2 * UNIT * terms(matrix, dtype) + LEAST_HALF
+        size = (2 * HALF_UNIT + ROUND) * np.abs(matrix) + HALF_UNIT / 3 * terms(matrix, dtype) + LEAST_HALF
+        if dtype in ("q8_0", *FLOAT_WEIGHTS):  # rounded once
+            size = (HALF_UNIT + ROUND) * np.abs(matrix) + LEAST_HALF
         return x @ matrix.T, np.abs(x) @ size.T
 
     few = values["w2"].shape[0]
