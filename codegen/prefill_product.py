@@ -10,6 +10,7 @@ from __future__ import annotations
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node, Value
 from ..ir.program import LIBRARY_PRODUCT
+from ..ir.verify import product_weights
 from .emission import Emitted
 from .prefill_emission import Place, PrefillContext, PrefillKernel
 from .weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
@@ -26,18 +27,12 @@ SWIGLU_UP = 4
 
 def emit_prefill_product(node: Node, ctx: PrefillContext) -> list[Emitted]:
     """The launches of one of `PREFILL_PRODUCTS`."""
-    x, weights = (
-        node.ins[0],
-        tuple(value for value in node.ins[1:] if len(value.type.shape) == 2 and value != node.ins[0]),
-    )
-    if node.op == "matvec_add":
-        weights = (node.ins[1],)
+    x = node.ins[0]
     if x.type.dtype != "f16":
         raise UnsupportedModelError(
             f"%{x.name} has other readers than products: no kernel multiplies it over a sequence"
         )
-    place = ctx.place(x)
-    return (_by_library if ctx.library else _by_kernel)(node, ctx, place, weights)
+    return (_by_library if ctx.library else _by_kernel)(node, ctx, ctx.place(x), product_weights(node))
 
 
 def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, ...]) -> list[Emitted]:

@@ -408,7 +408,11 @@ class _Opener:
                 prefill=prefill_maker(self.prefill, backend, model, self.sampling, target, driver),
             )
             if self.prefill == "library":  # who asks for it hears now, and not at the first prompt, that there is none
-                engine.prepare_prefill()
+                try:
+                    engine.prepare_prefill()
+                except BaseException:
+                    engine.close()
+                    raise
         except BaseException:
             driver.close()
             raise

@@ -87,6 +87,8 @@ class Prefill:
             for launch in self.program.launches:
                 if launch.kernel == LIBRARY_PRODUCT:
                     self._of_library().prepare(*(int(arg) for arg in launch.args[4:7]))
+            if self.library is not None:
+                self._warm_up()
             if graph:
                 self._graph, self._executable = engine.captured(self.launch_all)
         except BaseException:
@@ -125,6 +127,16 @@ class Prefill:
                 data = np.ascontiguousarray(table_values(buffer))
                 driver.call("cuStreamSynchronize", stream)
                 driver.call("cuMemcpyHtoD", self._address[buffer.name], data.ctypes.data, data.nbytes)
+
+    def _warm_up(self) -> None:
+        """A chunk of no tokens, launch after launch: a library loads its kernels when they are first used, which a
+        capture does not suffer. The state stays what it is."""
+        assert self._spans is not None
+        driver, stream = self._engine.driver, self._engine.stream
+        np.frombuffer(self._spans.view, np.int32)[:2] = (self._engine.position, 0)
+        driver.call("cuMemcpyHtoDAsync", self._address["span"], self._spans.address, _SPAN_BYTES, stream)
+        self.launch_all()
+        driver.call("cuStreamSynchronize", stream)
 
     def _of_library(self) -> Library:
         if self.library is None:
