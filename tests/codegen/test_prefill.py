@@ -25,9 +25,8 @@ TOKENS = 160  # a whole block of tokens and a part of one
 # (types of the matrices, rows, columns, library): each type alone and beside others, whole and ragged rows and columns.
 PRODUCTS = [
     (("q4_k", "q4_k", "q6_k"), 256, 512, False),
-    (("q5_k", "q6_k", "q8_0"), 104, 256, False),
-    (("q8_0", "f16", "bf16"), 88, 672, False),
-    (("f32", "bf16", "f16"), 40, 288, False),
+    (("q5_k", "bf16", "q4_k"), 104, 256, False),
+    (("q8_0", "f16", "f32"), 88, 672, False),
     (("q4_k", "q6_k", "q5_k"), 256, 256, True),
     (("q8_0", "bf16", "f32"), 72, 288, True),
     (("f16", "f16", "f16"), 16, 96, True),
@@ -135,7 +134,7 @@ def test_large_activations_do_not_overflow():
 
 
 # (head_dim, query heads a key/value head, key/value heads)
-HEADS = [(16, 1, 2), (32, 3, 2), (64, 2, 2), (128, 5, 1), (256, 2, 1)]
+HEADS = [(16, 1, 2), (32, 3, 2), (128, 5, 1), (256, 2, 1)]
 
 
 @pytest.mark.parametrize(("head_dim", "group", "kv_heads"), HEADS)

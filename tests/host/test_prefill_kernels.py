@@ -23,19 +23,19 @@ from psigraph.runtime.tables import table_values
 
 TOKENS, COUNT, FIRST, CONTEXT = 20, 17, 50, 70
 # A layer: two types side by side, ragged rows, ragged counts of tokens and keys.
-LAYER = f"""graph layer(weight %table: q8_0[40,256], weight %norm: f32[256], weight %wq: q4_k[256,256],
-        weight %wk: q4_k[64,256], weight %wv: q6_k[64,256], weight %wo: q4_k[256,256], weight %gate: q4_k[40,256],
-        weight %up: q4_k[40,256], weight %q_norm: f32[64], weight %k_norm: f32[64],
+LAYER = f"""graph layer(weight %table: q8_0[40,256], weight %norm: f32[256], weight %wq: q4_k[64,256],
+        weight %wk: q4_k[16,256], weight %wv: q6_k[16,256], weight %wo: f16[256,64], weight %gate: q4_k[40,256],
+        weight %up: q4_k[40,256], weight %q_norm: f32[16], weight %k_norm: f32[16],
         state %tokens: i32[{TOKENS},1], state %span: i32[2], state %position: i32[1], state %log: i32[{CONTEXT}],
-        state %k_cache: f16[1,{CONTEXT},64], state %v_cache: f16[1,{CONTEXT},64]) {{
+        state %k_cache: f16[1,{CONTEXT},16], state %v_cache: f16[1,{CONTEXT},16]) {{
     %x: f32[{TOKENS},256] = embed(%table, %tokens)
     %h: f16[{TOKENS},256] = rms_norm(%x, %norm) {{eps=1e-6}}
-    %q: f32[{TOKENS},256], %k: f32[{TOKENS},64], %v: f32[{TOKENS},64] = matvec(%h, %wq, %wk, %wv)
-    %turned: f16[{TOKENS},4,64], %k1: f16[1,{CONTEXT},64], %v1: f16[1,{CONTEXT},64] =
+    %q: f32[{TOKENS},64], %k: f32[{TOKENS},16], %v: f32[{TOKENS},16] = matvec(%h, %wq, %wk, %wv)
+    %turned: f16[{TOKENS},4,16], %k1: f16[1,{CONTEXT},16], %v1: f16[1,{CONTEXT},16] =
         rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %span)
             {{eps=1e-6, theta=1000000.0, heads=4, kv_heads=1}}
-    %y: f16[{TOKENS},4,64] = attention(%turned, %k1, %v1, %span) {{scale=0.125}}
-    %a: f16[{TOKENS},256] = merge_heads(%y)
+    %y: f16[{TOKENS},4,16] = attention(%turned, %k1, %v1, %span) {{scale=0.25}}
+    %a: f16[{TOKENS},64] = merge_heads(%y)
     %x1: f32[{TOKENS},256] = matvec_add(%a, %wo, %x)
     %act: f16[{TOKENS},40] = matvec_swiglu(%h, %gate, %up)
     %log2: i32[{CONTEXT}] = record(%log, %tokens, %span)
