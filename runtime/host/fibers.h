@@ -5,7 +5,7 @@
 
 namespace host {
 
-enum Collective : uint8_t { SHUFFLE, VOTE, WARP_BARRIER, DOT, HALVES };
+enum Collective : uint8_t { SHUFFLE, VOTE, WARP_BARRIER, DOT };
 
 constexpr unsigned NAMED_BARRIERS = 16;
 constexpr unsigned NOT_NAMED = ~0u;
@@ -41,24 +41,26 @@ struct BulkCopy {
     int bytes;
 };
 
-// What a warp multiplies halves with: see host::multiply_halves.
+// What a warp multiplies halves with, in a collective of its own: see halves.h.
 struct HalvesTimes {
     const uint16_t* rows;
     int stride, blocks;
     bool columns;
 };
+constexpr Collective HALVES = (Collective)16;
+static void halves_all(struct Warp& warp);
 
 // Masks have one bit a lane. A lane is in `ready`, in `meeting` (at a collective), elsewhere waiting, or done.
 struct Warp {
     unsigned ready, meeting, done, lanes;
     unsigned mask[32];
+    HalvesTimes halves;
+    float* totals[32];
     Collective kind[32];
     uint8_t source[32];
     uint64_t value[32], result[32];
     const unsigned* weights[32];
     int* sums[32];
-    float* totals[32];
-    HalvesTimes halves;
     BulkCopy copies[32];
     unsigned copying;  // which of them are under way
     unsigned polling;  // lanes that wait for one that has not been issued
