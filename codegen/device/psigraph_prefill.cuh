@@ -38,7 +38,7 @@ DEVICE u32 fma_halves(u32 a, u32 b, u32 c) { u32 d; asm("fma.rn.f16x2 %0, %1, %2
 DEVICE u32 add_halves(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 DEVICE u32 multiply_halves(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 #endif
-DEVICE u32 both_halves(float value) { return halves_from(value, value); }
+DEVICE u32 halves_twice(float value) { return halves_from(value, value); }
 
 // 16 bytes on their way into shared memory; zeros, and nothing is read, where `inside` is false.
 // A thread sees its own copies after `finish_copies`, a block all of them after the barrier behind it.
@@ -135,8 +135,8 @@ template <int CENTER> struct ChunkScales {
     };
     u32 scale[2][2], offset[2][2];
     METHOD void put(int half, int row, float scale_, float minimum) {
-        scale[half][row] = both_halves(scale_);
-        offset[half][row] = both_halves(scale_ * (float)CENTER - minimum);
+        scale[half][row] = halves_twice(scale_);
+        offset[half][row] = halves_twice(scale_ * (float)CENTER - minimum);
     }
     METHOD void prepare(const Raw& raw, int chunk) {
         const float2 low_d = halves_to_floats(raw.d.x), high_d = halves_to_floats(raw.d.y);
@@ -218,8 +218,8 @@ template <> struct Chunk<Q6K> {
                               raw.scales[1].x, raw.scales[1].y, raw.scales[1].z, raw.scales[1].w};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            scale[j][0] = both_halves(low * signed_byte_to_float(bytes[2 * j] >> (8 * chunk), 0));
-            scale[j][1] = both_halves(high * signed_byte_to_float(bytes[2 * j + 1] >> (8 * chunk), 0));
+            scale[j][0] = halves_twice(low * signed_byte_to_float(bytes[2 * j] >> (8 * chunk), 0));
+            scale[j][1] = halves_twice(high * signed_byte_to_float(bytes[2 * j + 1] >> (8 * chunk), 0));
         }
     }
     template <int J> METHOD void tile(u32 out[4]) const {
