@@ -94,19 +94,7 @@ class _Lowering:
     # --- planning ---
 
     def _place_param(self, kind: str, value: Value) -> None:
-        dtype, shape = value.type.dtype, value.type.shape
-        attrs: tuple[tuple[str, object], ...] = ()
-        if kind == "weight" and len(shape) == 2:
-            row = WEIGHT_TYPES[dtype]
-            layout, nbytes = "tiles", row.packed_bytes(*shape)
-            attrs = (("repack", f"repack_{dtype}"), ("file_bytes", row.file_bytes(*shape)))
-        elif kind == "weight" and dtype != "f32":
-            raise UnsupportedModelError(f"{value.name}: a vector of type {dtype}; kernels support f32 vectors")
-        else:
-            layout, nbytes = "plain", value.type.size * ELEMENT_BYTES[dtype]
-        self.buffers[value.name] = Buffer(
-            value.name, kind, dtype, shape, layout, nbytes, kind == "state", value.name, attrs
-        )
+        self.buffers[value.name] = param_buffer(kind, value)
         self.where[value.name] = value.name
 
     def _last_uses(self) -> dict[str, int]:
@@ -143,6 +131,21 @@ class _Lowering:
                 if buffer.name.startswith("value."):
                     self.free.setdefault((buffer.dtype, buffer.shape, buffer.layout), []).append(buffer.name)
                 del self.last_use[name]
+
+
+def param_buffer(kind: str, value: Value) -> Buffer:
+    """Where a parameter lies, in every Program of a model; UnsupportedModelError for a vector that is not f32."""
+    dtype, shape = value.type.dtype, value.type.shape
+    attrs: tuple[tuple[str, object], ...] = ()
+    if kind == "weight" and len(shape) == 2:
+        row = WEIGHT_TYPES[dtype]
+        layout, nbytes = "tiles", row.packed_bytes(*shape)
+        attrs = (("repack", f"repack_{dtype}"), ("file_bytes", row.file_bytes(*shape)))
+    elif kind == "weight" and dtype != "f32":
+        raise UnsupportedModelError(f"{value.name}: a vector of type {dtype}; kernels support f32 vectors")
+    else:
+        layout, nbytes = "plain", value.type.size * ELEMENT_BYTES[dtype]
+    return Buffer(value.name, kind, dtype, shape, layout, nbytes, kind == "state", value.name, attrs)
 
 
 def is_view(node: Node) -> bool:

@@ -21,7 +21,7 @@ class Interpreter:
 
     dtype                float64 or float32: what activations are computed in.
     cache_dtype          `f16`, as on the device, or `f32`: element type of the caches.
-    exact_activations    treat i8x2 vectors as if they were not rounded: a fused graph then
+    exact_activations    treat i8x2 vectors, and a sequence's halves, as if they were not rounded: a fused graph then
                          equals the unfused one up to the order of float operations.
     in_place_cache       write cache rows into the given arrays instead of copies, so that
                          a step costs no copy of the cache. The given arrays change.
@@ -75,10 +75,15 @@ class Interpreter:
     def step(self, node: Node, known: dict[str, np.ndarray]) -> None:
         """Runs one node: adds its results to `known`."""
         ins = [known[value.name] for value in node.ins]
-        outs = OPS[node.op].meaning(self.machine, ins, node.attributes)
-        for value, array in zip(node.outs, outs, strict=True):
-            rounded = value.type.dtype == "i8x2" and not self.exact_activations
-            known[value.name] = round_i8x2(array) if rounded else array
+        op = OPS[node.op]
+        outs = op.compute(self.machine, ins, node.attributes)
+        names = op.result_names(len(ins), node.attributes)
+        for name, value, array in zip(names, node.outs, outs, strict=True):
+            if value.type.dtype == "i8x2" and not self.exact_activations:
+                array = round_i8x2(array)
+            elif value.type.dtype == "f16" and name not in op.consumes and not self.exact_activations:
+                array = array.astype(np.float16).astype(array.dtype)
+            known[value.name] = array
 
     def results(self, graph: Graph, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The states' next values and the extra outputs, by result name."""

@@ -165,7 +165,8 @@ def stop_on(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
 
 
 def advance(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
-    return (ins[0] + np.int32(1),)
+    position = ins[0]  # of a step, or the span of a sequence: its first position, and how many rows count
+    return (position[:1] + (position[1:] if position.size == 2 else np.int32(1)),)
 
 
 def quantize(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:

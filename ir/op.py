@@ -154,5 +154,15 @@ class Op:
 
     def infer(self, types: Sequence[TensorType], attrs: Mapping[str, Literal]) -> tuple[TensorType, ...]:
         """Result types, with f32 where i8x2 may stand too; TypeMismatch says what does not fit."""
+        from .sequence import infer_over  # it is written in the words of this file
+
         self.check_attributes(attrs)
-        return self.rule(Types(self.operand_names(len(types)), types), attrs)
+        over = infer_over(self, types, attrs)
+        return self.rule(Types(self.operand_names(len(types)), types), attrs) if over is None else over
+
+    def compute(self, machine: Machine, ins: list[np.ndarray], attrs: Attributes) -> tuple[np.ndarray, ...]:
+        """The meaning, over a sequence too (`ir.sequence`)."""
+        from .sequence import compute_over
+
+        over = compute_over(self, machine, ins, attrs)
+        return self.meaning(machine, ins, attrs) if over is None else over

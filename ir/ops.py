@@ -82,7 +82,7 @@ UNFUSED = (
     ),
     row("record", ("log", "token", "position"), ("log",), "the log with the token at [position]", consumes=("log",)),
     row("stop_on", ("token", "end_tokens", "stop"), ("stop",), "1 if stop is set or the token is an end token"),
-    row("advance", ("position",), ("position",), "position + 1"),
+    row("advance", ("position",), ("position",), "position + 1; behind a span"),
     row("quantize", ("x",), ("y",), "x as two int8 planes with one scale for 16 values"),
 )
 

@@ -14,6 +14,11 @@ from .graph import Graph
 
 HEADER_NAME = "psigraph_device.cuh"
 
+# In a Launch, in the place of a kernel's name: a product of halves that the runtime gives to a library.
+# Its args: the buffers w (halves [rows, columns]), x (halves [tokens, columns]), c and y (float32 [tokens, rows]), then
+# rows, tokens, columns, whether c is added (0 or 1), and the binary logarithm of what w @ x is multiplied with.
+LIBRARY_PRODUCT = "library_product"
+
 
 @dataclass(frozen=True)
 class Buffer:

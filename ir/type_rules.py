@@ -118,7 +118,7 @@ def stop_on(t: Types, attrs: Attributes) -> Results:
 
 
 def advance(t: Types, attrs: Attributes) -> Results:
-    t.scalar("position")
+    t.expect("position", "i32", t["position"].shape if t["position"].shape == (2,) else (1,))
     return (I32_ONE,)
 
 

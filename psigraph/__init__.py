@@ -62,7 +62,7 @@ def load(
     outputs   ("logits",): be ready to give logits back; without it the first `logits` loads the model anew.
     allow_blocked_quantization, expect_sha256: as the command line's options of these names.
     policy    "medpsy": apply the medical policy to any model; MedPsy files bring it with them.
-    options   further ones of `psigraph.session.open_session`: graph, disable, cache_dtype, on_load, on_compile, ...
+    options   further ones of `psigraph.session.open_session`: prefill, graph, disable, cache_dtype, on_load, ...
 
     What the policy says about the file comes as UserWarning. Errors are those of `psigraph.ir.errors`: ModelFileError,
     UnsupportedModelError, PolicyRefusal, UsageError, DeviceError, OutOfMemoryError.

@@ -31,6 +31,9 @@ from .sampler import SamplerSettings
 from .session import Session, open_session
 from .template import ChatTemplate, Message, check_messages
 
+LONG_PROMPT = 512
+"""Tokens of the prompt that a model is made ready for."""
+
 Warn = Callable[[str], None]
 
 
@@ -105,6 +108,8 @@ class LanguageModel:
             **self._options,
             **hooks,
         )
+        if self.session.backend == "cuda":  # elsewhere kernels take longer to compile than most prompts to run
+            self.session.expect_prompt(LONG_PROMPT)
         self._decoder = Decoder(self.session)
 
     def _have(self, *, sampling: bool = False, logits: bool = False) -> None:

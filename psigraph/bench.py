@@ -116,13 +116,16 @@ def prepared(
     on_admission: Callable[[Admission], None] | None = None,
     on_size: Callable[[str], None] | None = None,
     prompt_name: str = "--prompt-token-ids",
+    prompt_tokens: int = 0,
+    prefill: str = "auto",
     filling: Filling = BENCH_FILLING,
     **hooks: Any,
 ) -> Iterator[Bench]:
     """A session in which `work` can be measured.
 
     The GPU's state is asked for first, then the policy; only an admitted file's weights are read. hooks: on_load and
-    on_compile of `open_session`, on_hash of `admit_file`. extra_positions: that a profile needs besides. on_size: gets
+    on_compile of `open_session`, on_hash of `admit_file`. prompt_tokens: of the prompt that `prompt_record` is to
+    measure, 0 for none. extra_positions: that a profile needs besides. on_size: gets
     the model's size before a weight is read; may raise. prompt_name, filling: words for errors.
     """
     snapshot = GpuSnapshot() if backend in ("auto", "cuda") else None
@@ -143,10 +146,11 @@ def prepared(
             on_size(sizes[0])
 
     outputs = ("logits",) if work.mode == "forced" else ()
-    positions = work.positions + extra_positions
+    positions = max(work.positions + extra_positions, prompt_tokens)
     with open_session(
         *(path, backend, device, ctx, outputs, graph, disable),
         positions=positions,
+        prefill=prefill,
         admit=admit,
         check=check,
         filling=filling,
@@ -165,16 +169,23 @@ def run_bench(
     mode: str = "chained",
     depth: int = 0,
     profile: bool = False,
+    prompt_tokens: int = 0,
     on_run: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """The report of a benchmark, as `report.build_report` makes it; nothing is written.
 
-    options: those of `prepared`. profile: time every kernel of the step too. on_run(runs done, runs in all).
+    options: those of `prepared`. profile: time every kernel of the step too. prompt_tokens: measure how fast a prompt
+    of so many tokens goes in too, 0 for no. on_run(runs done, runs in all).
     """
     work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth)
-    with prepared(path, work, backend, extra_positions=POSITIONS if profile else 0, **options) as bench:
-        return measure(bench.session, work, bench.admission, bench.model_size, bench.snapshot, on_run, profile=profile)
+    options |= {"extra_positions": POSITIONS if profile else 0, "prompt_tokens": prompt_tokens}
+    with prepared(path, work, backend, **options) as bench:
+        return measure(
+            *(bench.session, work, bench.admission, bench.model_size, bench.snapshot, on_run),
+            profile=profile,
+            prompt_tokens=prompt_tokens,
+        )
 
 
 def run_sweep(
@@ -212,8 +223,9 @@ def measure(
     on_run: Progress | None = None,
     *,
     profile: bool = False,
+    prompt_tokens: int = 0,
 ) -> dict[str, Any]:
-    """The report of a session's benchmark: warm-up, runs, step times, then the memory's bandwidth."""
+    """The report of a session's benchmark: warm-up, runs, step times, a prompt, then the memory's bandwidth."""
     timings: dict[str, Any] = dict(session.timings)
     warm_up = run_once(session, _warm_up_of(session, work))
     # Of this process: interpreter, imports and the question who uses the GPU included.
@@ -230,6 +242,8 @@ def measure(
             on_run(index + 1, work.repeats)
     timings["warm_first_token_ms"] = median(run.first_token_ms for run in runs)
     timings["step_us"] = step_quantiles(session, work)
+    if prompt_tokens:
+        timings["prompt"] = prompt_record(session, prompt_tokens, work.repeats)
     artifact = artifact_record(session.model)
     artifact["bytes_per_token"] = bytes_per_token(session, work)
     bandwidth = roofline(session, work)
@@ -254,6 +268,31 @@ def measure(
         decode_row=work.mode,
         depth=work.depth,
     )
+
+
+def prompt_record(session: Session, tokens: int, repeats: int) -> dict[str, Any]:
+    """How fast a prompt goes in: {tokens, way, first_token_ms of every run, and of their median the rate}.
+
+    Timed from the first id until the host knows the token behind the last one, after one run that nobody times. The
+    rate is the prompt's tokens by that time, so it has the choice of a token in it, which `llama-bench`'s pp has not.
+    """
+    session.expect_prompt(tokens)
+    ids, found = filler_ids(tokens, session.vocabulary), []
+    for _ in range(repeats + 1):
+        session.reset()
+        session.engine.synchronize()
+        began = time.perf_counter()
+        session.feed(ids)
+        session.engine.chosen()
+        found.append(1e3 * (time.perf_counter() - began))
+    middle = median(found[1:])
+    return {
+        "tokens": tokens,
+        "way": session.prefill,
+        "first_token_ms": found[1:],
+        "median_first_token_ms": middle,
+        "prompt_tokens_per_second": 1e3 * tokens / middle,
+    }
 
 
 def run_once(session: Session, work: Work) -> Run:

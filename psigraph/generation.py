@@ -20,7 +20,6 @@ from .stop_strings import StopStrings
 END, LENGTH, CONTEXT, STOP, INTERRUPTED = "end", "length", "context", "stop", "interrupted"
 GREEDY = SamplerSettings(temperature=0.0)
 MOST_LOGPROBS = 100
-_FED_AT_ONCE = 512  # ids between two looks at `cancelled` on a GPU; elsewhere one id takes long enough
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ class TokenRun(Iterator[int]):
         session = self._session
         began = time.perf_counter()
         self.reused_tokens = decoder.begin(self, prompt)
-        at_once = _FED_AT_ONCE if session.backend == "cuda" else 1
+        at_once = session.fed_at_once  # ids between two looks at `cancelled`
         for first in range(self.reused_tokens, len(prompt), at_once):
             if limits.cancelled():
                 self.reason = INTERRUPTED

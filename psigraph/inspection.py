@@ -12,15 +12,18 @@ from typing import Any
 from .artifact import artifact_record, model_size, tensor_types
 from .build import Model, open_model
 from .codegen.lower import lower
-from .codegen.target import Target
+from .codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
+from .codegen.target import Target, target_for
 from .compilation import PROGRAM_FILE, Built, Source, default_target, program_record, stages_of
 from .ir.errors import ModelFileError, UsageError
 from .ir.graph import Graph, layer_of
 from .ir.text import parse_graph, print_graph
 from .json_file import read_json
+from .passes.prefill import prefill_graph
 from .policy import tier_of
 
 INPUT = "input"
+PREFILL = "prefill_"
 _GRAPH_FILE = re.compile(r"(\d{2,})-(\w+)\.txt")
 
 
@@ -53,6 +56,11 @@ class Inspected:
         """The graph after the last pass."""
         return self.graph(self._names[-1])
 
+    @property
+    def prompt(self) -> Graph:
+        """The graph that takes a chunk of a prompt in."""
+        return prefill_graph(self.graph(INPUT), CHUNK_TOKENS)
+
     def before(self, stage: str) -> str:
         """The stage that a pass works on."""
         self.graph(stage)
@@ -72,8 +80,13 @@ class Inspected:
         return self._program()
 
     def kernel(self, name: str) -> str:
-        """A kernel's text; UsageError lists the kernels."""
+        """A kernel's text, a prompt's (by own kernels, `prefill_...`) too; UsageError lists the kernels."""
         known = self.program()["kernels"]
+        if name.startswith(PREFILL):
+            program = lower_prefill(self.prompt, target_for(self.program()["arch"]))
+            known = [kernel.name for kernel in program.kernels]
+            if name in known:
+                return program.kernel(name).text
         if name not in known:
             raise UsageError(f"--kernel {name}: there is no such kernel; there are {', '.join(known)}")
         return self._kernel(name)

@@ -25,9 +25,11 @@ from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
 from .passes.use_sampler import SAMPLER
+from .prefill import check_prefill, prefill_maker
 from .report import ENGINES
 from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import KernelCache, default_cache_dir
+from .runtime.prefill import FEWEST
 from .sampler import SamplerSettings
 from .tuned import load_tuned
 
@@ -79,8 +81,8 @@ class Session:
     backend    "cuda", "host" or "cpu": what it runs on, never "auto".
     program    what the GPU or the stand-in runs; None in numpy.
     facts      for reports: where it runs and in what arithmetic.
-    timings    milliseconds of open_ms, driver_ms, fuse_ms, compile_ms, load_ms, modules_ms, capture_ms; counts of
-               kernels and of those that came from the cache.
+    timings    milliseconds of open_ms, driver_ms, fuse_ms, compile_ms, load_ms, modules_ms, capture_ms and, once a
+               prompt is expected, prefill_ms; counts of kernels and of those that came from the cache.
     end_tokens ids after which a text is over; decoding does not stop at them by itself.
     """
 
@@ -130,6 +132,29 @@ class Session:
             self.engine.set_constant(SAMPLER, settings.words(self.vocabulary))
         elif not settings.greedy:
             raise UsageError("this session takes the likeliest token; open it with sampling=True to draw others")
+
+    @property
+    def prefill(self) -> str:
+        """How long prompts go in: "own kernels, 512 tokens at once", or "token by token" and why."""
+        return getattr(self.engine, "prefill_way", "token by token: numpy")
+
+    @property
+    def fed_at_once(self) -> int:
+        """Ids that one `feed` may have so that it takes no longer than a person waits who wants to stop it."""
+        if self.backend == "cpu":
+            return 1
+        chunked = not self.prefill.startswith("token by token")
+        if self.backend == "host":
+            return 128 if chunked else 1
+        return 8192 if chunked else 512
+
+    def expect_prompt(self, tokens: int) -> None:
+        """Make ready now what takes a prompt of so many tokens in, which else the first such prompt waits for."""
+        prepare = getattr(self.engine, "prepare_prefill", None)
+        if prepare is not None and tokens > FEWEST:
+            began = time.perf_counter()
+            prepare()
+            self.timings["prefill_ms"] = 1e3 * (time.perf_counter() - began)
 
     def reset(self) -> None:
         """Back to position 0."""
@@ -193,6 +218,7 @@ def open_session(
     shapes: dict[str, dict[str, int]] | None = None,
     cache_dtype: str = "f16",
     sampling: bool = False,
+    prefill: str = "auto",
     admit: Callable[[GgufFile], None] | None = None,
     check: Callable[[Model], None] | None = None,
     filling: Filling = Filling(),
@@ -212,6 +238,8 @@ def open_session(
     shapes       launch shapes, see `codegen.lower.lower`; None: those that `psigraph tune` kept for this GPU.
     cache_dtype  "f16" or "f32"; f32 in numpy only.
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
+    prefill      how prompts go in, see `prefill`: "own" kernels by chunks, a "library"'s products, "off": token by
+                 token, "auto": the library on a GPU that has one, else own kernels. In numpy always token by token.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
     filling      how errors speak of `positions`.
@@ -226,7 +254,8 @@ def open_session(
     if device and backend in ("cpu", "host"):
         why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
         raise UsageError(f"--device {device}: {why}; leave it out, or take --backend cuda")
-    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, on_load, on_compile)
+    check_prefill(prefill, backend)
+    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, on_load, on_compile)
     # A driver takes a third of a second to start, which the header and the passes can use.
     with ThreadPoolExecutor(max_workers=1) as pool:
         starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None
@@ -311,12 +340,13 @@ class _Opener:
         shapes: dict[str, dict[str, int]] | None,
         cache_dtype: str,
         sampling: bool,
+        prefill: str,
         on_load: Progress | None,
         on_compile: Progress | None,
     ) -> None:
         self.device, self.outputs, self.graph, self.disable = device, outputs, graph, disable
         self.shapes, self.cache_dtype, self.sampling = shapes, cache_dtype, sampling
-        self.on_load, self.on_compile = on_load, on_compile
+        self.prefill, self.on_load, self.on_compile = prefill, on_load, on_compile
         self.timings: dict[str, float] = {}
         self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if sampling else {}
 
@@ -375,7 +405,14 @@ class _Opener:
                 graph=self.graph,
                 progress=self.on_load,
                 constants=self.constants,
+                prefill=prefill_maker(self.prefill, backend, model, self.sampling, target, driver),
             )
+            if self.prefill == "library":  # who asks for it hears now, and not at the first prompt, that there is none
+                try:
+                    engine.prepare_prefill()
+                except BaseException:
+                    engine.close()
+                    raise
         except BaseException:
             driver.close()
             raise

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ..ir.errors import DeviceError, OutOfMemoryError, UsageError
+from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, UsageError
 from ..ir.program import Buffer, Launch, Program
 from .compiler import CompiledKernel
 from .driver import Driver, HostMemory
+from .prefill import FEWEST, Prefill, PrefillMaker
 from .tables import table_values
 from .upload import WeightSource, upload_weights
 
@@ -58,6 +59,9 @@ class Engine:
     graph: replay a captured CUDA graph (True) or launch kernel after kernel (False).
     constants: arrays for the program's constants beside `end_tokens`, by name (`set_constant`);
     UsageError names one that is missing.
+    prefill: makes what takes a prompt in by chunks, called for the first prompt or by `prepare_prefill`; None: every
+    token takes a step. Where it raises UnsupportedModelError or memory is short, prompts take steps too, and
+    `prefill_way` says why.
     """
 
     driver: Driver
@@ -69,6 +73,7 @@ class Engine:
     progress: Callable[[int, int], None] | None = None
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
+    prefill: PrefillMaker | None = None
 
     def __post_init__(self) -> None:
         self.context = int(self.program.notes["context"])
@@ -84,6 +89,8 @@ class Engine:
         self._graph: Any = None
         self._executable: Any = None
         self._failed = ""  # the failure after which nothing can be trusted
+        self._prefill: Prefill | None = None
+        self._no_prefill = "" if self.prefill else "switched off"
         self.position = 0
         try:
             self._stream = self.driver.call("cuStreamCreate", 1)
@@ -160,18 +167,80 @@ class Engine:
 
     def _capture(self) -> None:
         started = time.perf_counter()
+        self._graph, self._executable = self.captured(self._launch_all)
+        self.timings.capture_s = time.perf_counter() - started
+
+    def captured(self, launch_all: Callable[[], None]) -> tuple[Any, Any]:
+        """What the function queues as a graph, and that graph ready for replay."""
         mode = self.driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self.driver.call("cuStreamBeginCapture", self._stream, mode)
         try:
-            self._launch_all()
+            launch_all()
         except BaseException:
             _, unfinished = self.driver.api.cuStreamEndCapture(self._stream)
             if unfinished:
                 self.driver.api.cuGraphDestroy(unfinished)
             raise
-        self._graph = self.driver.call("cuStreamEndCapture", self._stream)
-        self._executable = self.driver.call("cuGraphInstantiate", self._graph, 0)
-        self.timings.capture_s = time.perf_counter() - started
+        graph = self.driver.call("cuStreamEndCapture", self._stream)
+        try:
+            return graph, self.driver.call("cuGraphInstantiate", graph, 0)
+        except BaseException:
+            self.driver.api.cuGraphDestroy(graph)
+            raise
+
+    # --- for a prompt's chunks ---
+
+    @property
+    def stream(self) -> Any:
+        """The stream that everything is queued on."""
+        return self._stream
+
+    def guard(self, name: str, *args: Any) -> Any:
+        """A driver call after whose failure the engine refuses everything."""
+        return self._guard(name, *args)
+
+    def give_up(self, error: DeviceError) -> None:
+        """Refuse everything from here on."""
+        self._failed = self._failed or str(error)
+
+    def shared(self) -> dict[Buffer, int]:
+        """Where the step keeps what is no scratch memory."""
+        return {buffer: self._address[buffer.name] for buffer in self.program.buffers if buffer.kind != "scratch"}
+
+    def prepare_prefill(self) -> Prefill | None:
+        """What takes prompts in by chunks, made now if it was not yet; None where there is none (`prefill_way`)."""
+        if self._prefill is None and self.prefill is not None:
+            self._check()
+            maker, self.prefill = self.prefill, None
+            try:
+                self._prefill = Prefill(self, maker(), self.graph)
+            except (UnsupportedModelError, OutOfMemoryError) as error:
+                self._no_prefill = str(error)
+            except DeviceError as error:
+                self._failed = self._failed or str(error)
+                raise
+        return self._prefill
+
+    @property
+    def prefill_way(self) -> str:
+        """How long prompts go in, in words."""
+        if self._no_prefill:
+            return f"token by token: {self._no_prefill}"
+        if self._prefill is None:
+            return "by chunks, from the first prompt on"
+        by = self._prefill.library.name if self._prefill.library else "own kernels"
+        return f"{by}, {self._prefill.tokens} tokens at once"
+
+    def _take_in(self, count: int) -> int:
+        """Queue chunks for the first of `count` page-locked ids; how many they take."""
+        prefill = self.prepare_prefill() if count >= FEWEST else None
+        taken = turn = 0
+        while prefill is not None and count - taken >= FEWEST:
+            size = min(prefill.tokens, count - taken)
+            prefill.queue(self._ids.address + 4 * taken, size, self.position, turn)
+            self.position += size
+            taken, turn = taken + size, turn + 1
+        return taken
 
     def _launch_all(self) -> None:
         for launch in self.program.launches:
@@ -285,9 +354,10 @@ class Engine:
         self.position += 1
 
     def feed(self, ids: Sequence[int], on_step: Callable[[int], None] | None = None) -> None:
-        """Queue one step for each id; the last step's choice is the first generated token.
+        """Take ids in: by chunks where there is a prefill, and by a step for the last id and where ids are few.
 
-        on_step(index) is called after each step is queued.
+        The last step's choice is the first generated token. on_step(index) is called after each step is queued; with it
+        every id takes a step.
         """
         self._check()
         if self.position + len(ids) > self.context:
@@ -298,7 +368,7 @@ class Engine:
         self.synchronize()  # the page-locked ids of an earlier feed may still be in use
         view = np.frombuffer(self._ids.view, dtype=np.int32)
         view[: len(ids)] = ids
-        for index in range(len(ids)):
+        for index in range(0 if on_step else self._take_in(len(ids) - 1), len(ids)):
             source = self._ids.address + 4 * index
             self._guard("cuMemcpyHtoDAsync", self._address["token"], source, 4, self._stream)
             self.step()
@@ -462,6 +532,9 @@ class Engine:
         api = self.driver.api
         if self._stream is not None:
             api.cuStreamSynchronize(self._stream)  # never destroy a graph that is running
+        if self._prefill is not None:
+            self._prefill.close()
+            self._prefill = None
         if self._executable is not None:
             api.cuGraphExecDestroy(self._executable)
         if self._graph is not None:

@@ -19,6 +19,12 @@ def sampling_header() -> str:
 
 
 @cache
+def prefill_header() -> str:
+    """`psigraph_prefill.cuh`: many tokens at once, on the tensor cores."""
+    return (files(__package__) / "psigraph_prefill.cuh").read_text(encoding="utf-8")
+
+
+@cache
 def repack_header() -> str:
     """`psigraph_repack.cuh`: where the model file keeps each value."""
     return (files(__package__) / "psigraph_repack.cuh").read_text(encoding="utf-8")

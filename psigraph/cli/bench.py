@@ -13,7 +13,16 @@ from ..ir.errors import UsageError
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
 from ..policy import Admission
 from ..report import validate_report
-from .options import DEPTHS, FILE_PATH, MODEL_PATH, TOKEN_IDS, admission_options, backend_option, run_options
+from .options import (
+    DEPTHS,
+    FILE_PATH,
+    MODEL_PATH,
+    TOKEN_IDS,
+    admission_options,
+    backend_option,
+    prefill_option,
+    run_options,
+)
 from .stages import stages
 
 EPILOG = """\b
@@ -26,6 +35,7 @@ Examples:
   psigraph bench --model-path qwen3-1.7b.gguf --artifact-kind gguf --model-size 1.7b --backend cuda \\
       --prompt-token-ids 151644 --max-new-tokens 512 --repeats 3 --json-out report.json
   psigraph bench --model-path qwen3-1.7b.gguf --mode forced --depth 4096 --max-new-tokens 128
+  psigraph bench --model-path qwen3-1.7b.gguf --prompt-tokens 512
   psigraph bench --model-path qwen3-1.7b.gguf --profile --baseline report.json
   psigraph bench --model-path qwen3-1.7b.gguf --sweep depth=0,512,1024,4096,16384 --max-new-tokens 64"""
 
@@ -60,6 +70,13 @@ Examples:
     metavar="N",
     help="Fill N positions first, untimed.",
 )
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Measure too how fast a prompt of N tokens goes in: time to the first token, prompt tokens a second.",
+)
 @click.option("--profile", is_flag=True, help="Time every kernel of the step: its own time, its hand-over, its bytes.")
 @click.option(
     "--sweep",
@@ -69,6 +86,7 @@ Examples:
 )
 @click.option("--baseline", type=FILE_PATH, metavar="R", help="Compare with this report of the same work.")
 @run_options
+@prefill_option
 @admission_options
 @click.option("--json-out", type=FILE_PATH, metavar="R", help="Write the report here.")
 def command(
@@ -81,6 +99,7 @@ def command(
     repeats: int,
     mode: str,
     depth: int,
+    prompt_tokens: int,
     profile: bool,
     sweep: tuple[int, ...] | None,
     baseline: Path | None,
@@ -88,6 +107,7 @@ def command(
     ctx: int | None,
     no_graph: bool,
     disable: tuple[str, ...],
+    prefill: str,
     allow_blocked: bool,
     expect_sha256: str | None,
     json_out: Path | None,
@@ -97,8 +117,11 @@ def command(
     At least three repeats make a row that can be cited; fewer are for trying things out.
     """
     del artifact_kind  # there is one kind; the option keeps command lines of other tools working
-    if sweep and (profile or baseline or depth):
-        raise UsageError("--sweep goes without --profile, --baseline and --depth: give it the depths, and nothing more")
+    if sweep and (profile or baseline or depth or prompt_tokens):
+        raise UsageError(
+            "--sweep goes without --profile, --baseline, --depth and --prompt-tokens: "
+            "give it the depths, and nothing more"
+        )
     if json_out is not None:
         (check_new_folder if sweep else check_writable)(json_out)
     before = read_json(baseline) if baseline is not None else None
@@ -125,6 +148,7 @@ def command(
             "device": device,
             "graph": not no_graph,
             "disable": disable,
+            "prefill": prefill,
             "model_size": model_size,
             "allow_blocked": allow_blocked,
             "expect_sha256": expect_sha256,
@@ -139,7 +163,8 @@ def command(
         if sweep:
             reports = run_sweep(model_path, prompt, max_new_tokens, backend, depths=sweep, **options)
         else:
-            reports = [run_bench(model_path, prompt, max_new_tokens, backend, depth=depth, profile=profile, **options)]
+            options |= {"depth": depth, "profile": profile, "prompt_tokens": prompt_tokens}
+            reports = [run_bench(model_path, prompt, max_new_tokens, backend, **options)]
     if sweep:
         click.echo(sweep_table(reports))
         if json_out is not None:
@@ -199,6 +224,12 @@ def summary(report: dict[str, Any]) -> str:
     steps = timings.get("step_us")
     if steps:
         lines.append(f"  steps   p10 {steps['p10']:,.1f}  p50 {steps['p50']:,.1f}  p90 {steps['p90']:,.1f} us")
+    prompt = timings.get("prompt")
+    if prompt:
+        lines.append(
+            f"  prompt  {prompt['prompt_tokens_per_second']:8,.0f} tok/s   {prompt['tokens']:,} tokens, "
+            f"{prompt['median_first_token_ms']:,.1f} ms to the first token ({prompt['way']})"
+        )
     return "\n".join(lines + _roofline_lines(report))
 
 

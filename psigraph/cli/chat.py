@@ -15,7 +15,7 @@ import click
 
 from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError
 from .chat_input import entries, reader
-from .options import MODEL_PATH, admission_options, backend_option, policy_option, run_options
+from .options import MODEL_PATH, admission_options, backend_option, policy_option, prefill_option, run_options
 from .sampling_options import new_seed, sampling_options
 from .shell import printable
 from .stages import stages
@@ -58,6 +58,7 @@ REASONS = {
 @sampling_options
 @backend_option()
 @run_options
+@prefill_option
 @admission_options
 @policy_option
 def command(
@@ -73,6 +74,7 @@ def command(
     ctx: int | None,
     no_graph: bool,
     disable: tuple[str, ...],
+    prefill: str,
     allow_blocked: bool,
     expect_sha256: str | None,
     policy: str | None,
@@ -96,6 +98,7 @@ def command(
             ctx=ctx,
             graph=not no_graph,
             disable=disable,
+            prefill=prefill,
             sampling=not sampler.greedy,
             allow_blocked_quantization=allow_blocked,
             expect_sha256=expect_sha256,

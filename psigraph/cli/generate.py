@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import UsageError
-from .options import MODEL_PATH, TOKEN_IDS, admission_options, backend_option, policy_option, run_options
+from .options import (
+    MODEL_PATH,
+    TOKEN_IDS,
+    admission_options,
+    backend_option,
+    policy_option,
+    prefill_option,
+    run_options,
+)
 from .sampling_options import new_seed, sampling_options
 from .stages import stages
 from .texts import STDIN, read_text, stdin_is_piped
@@ -65,6 +73,7 @@ Examples:
 @sampling_options
 @backend_option()
 @run_options
+@prefill_option
 @admission_options
 @policy_option
 def command(
@@ -87,6 +96,7 @@ def command(
     ctx: int | None,
     no_graph: bool,
     disable: tuple[str, ...],
+    prefill: str,
     allow_blocked: bool,
     expect_sha256: str | None,
     policy: str | None,
@@ -137,6 +147,7 @@ def command(
                 ctx,
                 graph=not no_graph,
                 disable=disable,
+                prefill=prefill,
                 positions=request.positions,
                 outputs=() if logprobs is None else ("logits",),
                 sampling=not sampler.greedy,
@@ -146,6 +157,7 @@ def command(
                 on_compile=bars.bar("compiling kernels"),
             )
         with session:
+            session.expect_prompt(len(request.ids))
             tokens = Decoder(session).run(request.ids, Limits(max_new_tokens, sampler, logprobs=logprobs))
             if as_json:
                 record = _record(tokens, request, admitted[0], session, stop)

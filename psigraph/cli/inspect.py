@@ -23,6 +23,7 @@ Only headers are read; no GPU is used.
 \b
 Examples:
   psigraph inspect model.gguf --stage fused --layer 0
+  psigraph inspect model.gguf --stage prompt --layer 0
   psigraph inspect model.gguf --diff fuse_attention --layer 0
   psigraph inspect compiled --kernel rope_attention
   psigraph inspect model.gguf --stage fused --format dot | dot -Tsvg > fused.svg"""
@@ -32,8 +33,9 @@ Examples:
 @click.argument("model", type=MODEL_PATH, metavar="MODEL|DIR")
 @click.option(
     "--stage",
-    type=click.Choice(["model", "fused", "program"]),
-    help="model: the block as its YAML declares it; fused: after all passes; program: the launches in order.",
+    type=click.Choice(["model", "fused", "program", "prompt"]),
+    help="model: the block as its YAML declares it; fused: after all passes; program: the launches in order; prompt: "
+    "the graph that takes in a prompt's tokens, many at once.",
 )
 @click.option("--after", metavar="PASS", help="The graph after this pass.")
 @click.option("--diff", metavar="PASS", help="What this pass changed, as a unified diff.")
@@ -82,7 +84,8 @@ def command(
         text = _overview(found)
     else:
         # A layer or a format alone asks for a graph: the one that kernels are made of.
-        text = _graph(found.graph(INPUT) if stage == "model" else found.fused, layer, form)
+        graph = found.graph(INPUT) if stage == "model" else found.prompt if stage == "prompt" else found.fused
+        text = _graph(graph, layer, form)
     click.echo(text, nl=False)
 
 

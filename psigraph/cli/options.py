@@ -132,6 +132,16 @@ disable_option = click.option(
 )
 
 
+prefill_option = click.option(
+    "--prefill",
+    type=click.Choice(["auto", "own", "library", "off"]),
+    default="auto",
+    show_default=True,
+    help="How prompts go in: own kernels by chunks; a library's products (a GPU, with nvidia-cublas); off: token by "
+    "token. auto: the library on a GPU that has it, else own kernels.",
+)
+
+
 def admission_options(command: Command) -> Command:
     """--allow-blocked-quantization and --expect-sha256."""
     command = click.option(

@@ -4,6 +4,7 @@
 #include "barriers.h"
 #include "collectives.h"
 #include "device_memory.h"
+#include "halves.h"
 #include "numbers.h"
 
 #define threadIdx (host::self->thread)

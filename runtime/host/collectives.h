@@ -46,7 +46,7 @@ static void meet(Collective kind, unsigned mask) {
             if (warp.kind[other] != kind || warp.mask[other] != mask)
                 fail("partial warp", "lanes %u and %u meet in different collectives (masks 0x%08x and 0x%08x)", lane, other, mask, warp.mask[other]);
         }
-        combine(warp, mask, kind);
+        kind == HALVES ? halves_all(warp) : combine(warp, mask, kind);
         warp.meeting &= ~mask;
         warp.ready |= mask;
     }

@@ -42,10 +42,21 @@ struct BulkCopy {
     int bytes;
 };
 
+// What a warp multiplies halves with, in a collective of its own: see halves.h.
+struct HalvesTimes {
+    const uint16_t* rows;
+    int stride, blocks;
+    bool columns;
+};
+constexpr Collective HALVES = (Collective)16;
+static void halves_all(struct Warp& warp);
+
 // Masks have one bit a lane. A lane is in `ready`, in `meeting` (at a collective), elsewhere waiting, or done.
 struct Warp {
     unsigned ready, meeting, done, lanes;
     unsigned mask[32];
+    HalvesTimes halves;
+    float* totals[32];
     Collective kind[32];
     uint8_t source[32];
     uint64_t value[32], result[32];

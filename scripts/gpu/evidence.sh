@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that a GPU has to show, in one run: numbers first, then speed. Needs psigraph installed for $PYTHON.
 #
-#   scripts/gpu/evidence.sh OUT [part ...]      parts: numbers sanitize decode sizes ablate compare (default: all)
+#   scripts/gpu/evidence.sh OUT [part ...]      parts: numbers sanitize decode prompts sizes ablate compare (default: all)
 #
 # Reports go to OUT, as psigraph's commands write them; copy those that are to be cited into fixtures/.
 # LLAMA_BENCH=PATH names a llama-bench for the part `compare`. Parts are apart so that a short lease can run some.
 set -uo pipefail
 out=${1:?usage: scripts/gpu/evidence.sh OUT [part ...]}
 shift
-parts=${*:-numbers sanitize decode sizes ablate compare}
+parts=${*:-numbers sanitize decode prompts sizes ablate compare}
 python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "$out"
@@ -57,6 +57,13 @@ for part in $parts; do
         bench decode-1.7b-q4_k_m-d4096 "$file" --depth 4096 --ctx 5120
         run sweep psigraph bench --model-path "$file" --backend cuda --prompt-token-ids 151644 --max-new-tokens 64 \
             --ctx 16640 --sweep depth=0,512,1024,4096,16384 --json-out "$out/sweep"
+        ;;
+    prompts)
+        file=$(model 1.7b q4_k_m)
+        LINES_SHOWN=8 run prefill "$python" "$here/scripts/gpu/prefill.py" --model "$file"
+        for way in own library; do # the second one fails where cuBLASLt is not installed
+            bench "prompt-512-$way" "$file" --prompt-tokens 512 --prefill "$way" --max-new-tokens 64
+        done
         ;;
     sizes)
         bench decode-0.6b-q4_k_m "$(model 0.6b q4_k_m)"

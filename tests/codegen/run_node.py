@@ -20,7 +20,7 @@ from psigraph.codegen.packing import pack
 from psigraph.codegen.target import Target
 from psigraph.codegen.weight_types import padded_columns
 from psigraph.ir.graph import Graph
-from psigraph.ir.program import HEADER_NAME, Buffer, Launch, Program
+from psigraph.ir.program import HEADER_NAME, LIBRARY_PRODUCT, Buffer, Launch, Program
 from psigraph.ir.types import I8X2_GROUP
 from psigraph.runtime import host
 from psigraph.runtime.driver import Driver
@@ -89,7 +89,8 @@ def decode_digits(data: np.ndarray, size: int) -> Digits:
 class Step:
     """A graph's kernels, compiled for the host target, and their memory.
 
-    graph: lowered as it is (no pass runs); what a test wants to see must be among its results. weights: raw bytes
+    graph: lowered as it is (no pass runs), or program: already lowered; what a test wants to see must be among its
+    results. weights: raw bytes
     (uint8) of matrices as a file has them, float32 of vectors.
     """
 
@@ -99,11 +100,13 @@ class Step:
         target: Target,
         weights: Mapping[str, np.ndarray],
         shapes: dict[str, dict[str, int]] | None = None,
+        program: Program | None = None,
     ) -> None:
         self.graph = graph
-        self.program: Program = lower(graph, target, shapes)
+        self.program: Program = program or lower(graph, target, shapes)
         self.driver = driver()
-        self.names = list(dict.fromkeys(launch.kernel for launch in self.program.launches))
+        launched = dict.fromkeys(launch.kernel for launch in self.program.launches)
+        self.names = [name for name in launched if name != LIBRARY_PRODUCT]
         image = host.compile_kernel(self._source(), "many")
         shared = max((launch.shared_bytes for launch in self.program.launches), default=0)
         self.module, self.function = self.driver.load_kernel(image, "many", shared)
@@ -190,6 +193,10 @@ class Step:
         data = self._read(buffer)
         if buffer.layout == "i8x2":
             return decode_digits(data, buffer.shape[0])
+        if buffer.layout == "halves":
+            padded = data.view(np.float16).reshape(buffer.shape[0], -1)
+            assert not padded[:, buffer.shape[1] :].any(), "padding is not zero"
+            return padded[:, : buffer.shape[1]].copy()
         return data.view(DTYPES[buffer.dtype]).reshape(buffer.shape)
 
 

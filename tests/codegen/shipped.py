@@ -6,8 +6,10 @@ import functools
 from pathlib import Path
 
 from psigraph.build import fuse, open_model, spec_folder
+from psigraph.codegen.prefill_lower import CHUNK_TOKENS
 from psigraph.ir.graph import Graph, TensorType
 from psigraph.ir.loader import load_spec
+from psigraph.passes.prefill import prefill_graph
 from psigraph.runtime import synth
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
@@ -18,6 +20,17 @@ CONTEXT = 4096
 @functools.cache
 def graph_of(size: str, quant: str, layers: int | None = None, logits: bool = True) -> Graph:
     """The fused step of a published size. layers: fewer than it has; the mix of types is that of the whole model."""
+    return fuse(step_of(size, quant, layers, logits))[0]
+
+
+@functools.cache
+def prefill_of(size: str, quant: str, layers: int | None = None, tokens: int = CHUNK_TOKENS) -> Graph:
+    """The graph that takes a prompt in, of a published size."""
+    return prefill_graph(step_of(size, quant, layers, False), tokens)
+
+
+def step_of(size: str, quant: str, layers: int | None, logits: bool) -> Graph:
+    """The step of a published size as its spec has it."""
     shape, recipe = synth.SIZES[size], synth.QUANTS[quant]
     tensors = {t.name: TensorType(t.dtype, t.shape) for t in synth._tensors(shape, recipe, VOCABULARY)}
     kept = shape.layers if layers is None else layers
@@ -36,7 +49,7 @@ def graph_of(size: str, quant: str, layers: int | None = None, logits: bool = Tr
         "qwen3.rope.freq_base": shape.theta,
     }
     spec = load_spec(spec_folder() / "qwen3.yaml")
-    return fuse(spec.graph(spec.bind(metadata, tensors, CONTEXT), ("logits",) if logits else ()))[0]
+    return spec.graph(spec.bind(metadata, tensors, CONTEXT), ("logits",) if logits else ())
 
 
 @functools.cache

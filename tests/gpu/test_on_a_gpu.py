@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from psigraph.ir.errors import UsageError
 from psigraph.runtime.synth import write_synth
 from psigraph.session import Session, open_session
 
@@ -73,6 +74,31 @@ def test_greedy_choice_is_that_of_the_reference(quant: str) -> None:
                 if gap >= 0.05 and got != right
             ]
             assert not wrong, (name, wrong)
+
+
+@pytest.mark.parametrize("prefill", ["own", "library"])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_prompt_by_chunks_is_one_token_by_token(quant: str, prefill: str) -> None:
+    ids = np.random.default_rng(7).integers(0, 4000, 513).tolist()
+    want = {}
+    with tiny(quant, outputs=("logits",), prefill="off") as session:
+        for length in (1, 2, 31, 32, 33, 511, 512, 513):
+            session.feed(ids[session.position : length])
+            want[length] = session.engine.logits()
+    try:
+        opened = tiny(quant, outputs=("logits",), prefill=prefill)
+    except UsageError as error:
+        pytest.skip(str(error))
+    with opened as session:
+        for length, logits in want.items():
+            runs = []
+            for _ in range(2):
+                session.reset()
+                session.feed(ids[:length])
+                runs.append(session.engine.logits())
+            assert runs[0].tobytes() == runs[1].tobytes(), length
+            assert divergence(logits[None], runs[0][None])[0] <= 5e-5, length
+        assert "tokens at once" in session.prefill
 
 
 def test_a_model_of_real_size_repeats_itself_and_keeps_within_its_memory(tmp_path: Path) -> None:

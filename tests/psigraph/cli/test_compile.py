@@ -178,6 +178,8 @@ STAGES = (
     ["--stage", "fused", "--layer", "2", "--format", "json"],
     ["--stage", "program"],
     ["--stage", "program", "--layer", "7"],
+    ["--stage", "prompt", "--layer", "0"],
+    ["--kernel", "prefill_attention"],
     ["--after", "fuse_attention", "--format", "dot"],
     ["--diff", "fuse_swiglu", "--layer", "0"],
     ["--kernel", "rope_attention"],

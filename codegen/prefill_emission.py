@@ -1,0 +1,78 @@
+"""What emitters of a prompt's kernels get and give: places of values, and pieces of the schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..ir.graph import Value
+from .device import prefill_header
+from .emission import Emitted
+from .writer import Writer, signature
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a value lie, in elements of a buffer: row t begins at offset + t * stride.
+
+    up: halves are stored times 2^-up, so that large values fit; whoever reads them multiplies it back.
+    """
+
+    buffer: str
+    offset: int
+    stride: int
+    up: int = 0
+
+
+class PrefillContext(Protocol):
+    """What lowering offers to an emitter."""
+
+    tokens: int
+    ctx: int
+    library: bool
+
+    def place(self, value: Value) -> Place:
+        """Where a value that was written lies."""
+
+    def param(self, value: Value) -> str:
+        """The buffer of a weight or state."""
+
+    def write(self, *values: Value, up: int = 0) -> Place:
+        """Memory for results of a node, side by side in one row a token; the place of the first."""
+
+    def in_place(self, result: Value, state: Value) -> str:
+        """The result takes the state's own buffer."""
+
+    def scratch(self, name: str, nbytes: int) -> str:
+        """Memory between two launches of one node."""
+
+    def table(self, name: str, nbytes: int, **attrs: object) -> str:
+        """A table that the runtime fills when the model is loaded."""
+
+
+class PrefillKernel:
+    """A kernel under construction: parameters with their arguments, and the lines of its body."""
+
+    def __init__(self, stem: str, threads: int) -> None:
+        self.stem, self.threads = stem, threads
+        self.writer = Writer()
+        self.parameters: list[str] = []
+        self.args: list[str | int] = []
+
+    def take(self, declaration: str, arg: str | int) -> None:
+        self.parameters.append(declaration)
+        self.args.append(arg)
+
+    def done(self, grid: int, shared_bytes: int = 0, bytes_read: int = 0, describe: str = "") -> Emitted:
+        head = signature(self.threads, self.parameters) + " {\n"
+        body = "".join(f"    {line}\n" if line else "\n" for line in self.writer.text().splitlines())
+        return Emitted(
+            self.stem,
+            prefill_header() + "\n" + head + body + "}\n",
+            grid,
+            self.threads,
+            tuple(self.args),
+            shared_bytes,
+            bytes_read,
+            describe=describe,
+        )

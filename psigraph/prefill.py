@@ -1,0 +1,63 @@
+"""How prompts go in: which of the ways a machine takes, and everything that it is made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .build import Model
+from .codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
+from .codegen.target import Target
+from .ir.errors import UsageError
+from .passes.prefill import prefill_graph
+from .runtime.kernel_cache import KernelCache, default_cache_dir
+from .runtime.prefill import Library, PrefillMaker, PrefillPlan
+
+if TYPE_CHECKING:
+    from .runtime.driver import Driver
+
+PREFILLS = ("auto", "own", "library", "off")
+
+
+def check_prefill(prefill: str, backend: str) -> None:
+    """UsageError for a way that does not exist, or not on this backend."""
+    if prefill not in PREFILLS:
+        raise UsageError(f"prefill {prefill}: choose one of {', '.join(PREFILLS)}")
+    if prefill == "library" and backend not in ("cuda", "auto"):
+        raise UsageError(f"prefill library: the backend {backend} has no library for products; take own or auto")
+
+
+def prefill_maker(
+    prefill: str, backend: str, model: Model, sampling: bool, target: Target, driver: Driver
+) -> PrefillMaker | None:
+    """What an engine calls for its first prompt, None for "off".
+
+    UsageError, when it is called, if "library" was asked for and no library is found.
+    """
+    if prefill == "off":
+        return None
+
+    def make() -> PrefillPlan:
+        from .runtime.compiler import compile_program
+
+        library = _library(driver, prefill) if backend == "cuda" and prefill in ("auto", "library") else None
+        try:
+            graph = prefill_graph(model.graph((), sampling), CHUNK_TOKENS)
+            program = lower_prefill(graph, target, library is not None)
+            return PrefillPlan(
+                program, compile_program(program, target.arch, KernelCache(default_cache_dir())), library
+            )
+        except BaseException:
+            if library is not None:
+                library.close()
+            raise
+
+    return make
+
+
+def _library(driver: Driver, prefill: str) -> Library | None:
+    from .runtime.cublas import open_cublas
+
+    library, reason = open_cublas(driver)
+    if library is None and prefill == "library":
+        raise UsageError(f"prefill library: {reason}")
+    return library

@@ -1,0 +1,61 @@
+"""Kernels over a sequence compile for every architecture without spills, whatever the types, the heads and the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from prefill_graphs import heads_graph, prefill_product_graph
+from shipped import prefill_of
+from test_gates import INCLUDE, assert_gates
+
+from psigraph.codegen.device import prefill_header
+from psigraph.codegen.prefill_lower import lower_prefill
+from psigraph.codegen.target import GPU_ARCHES, TARGETS
+from psigraph.ir.program import LIBRARY_PRODUCT, Program
+
+
+def only(program: Program, *names: str) -> Program:
+    """The program with these kernels alone: those beside them differ in numbers."""
+    kernels = tuple(kernel for kernel in program.kernels if kernel.name in names)
+    assert len(kernels) == len(names)
+    return replace(program, kernels=kernels)
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHES)
+def test_default_size(arch):
+    """A layer of 1.7B in Q4_K_M with its widest mix of types."""
+    program = lower_prefill(prefill_of("1.7b", "q4_k_m", 2), TARGETS[arch])
+    assert_gates(only(program, "prefill_matvec", "prefill_attention"), arch)
+
+
+@pytest.mark.parametrize("dtype", ["q5_k", "q6_k", "q8_0", "bf16", "f32"])
+def test_every_type(dtype):
+    """f16 is what bf16 is, without a conversion."""
+    program = lower_prefill(prefill_product_graph((dtype,), 256, 2048, 512), TARGETS["sm_90a"])
+    assert_gates(only(program, "prefill_matvec_swiglu"), "sm_90a")
+
+
+@pytest.mark.parametrize(("head_dim", "group", "kv_heads", "arch"), [(64, 3, 2, "sm_89"), (256, 2, 1, "sm_90a")])
+def test_heads(head_dim, group, kv_heads, arch):
+    assert_gates(lower_prefill(heads_graph(head_dim, group, kv_heads), TARGETS[arch]), arch)
+
+
+def test_for_a_library():
+    program = lower_prefill(prefill_of("1.7b", "q4_k_m", 2), TARGETS["sm_90a"], library=True)
+    assert_gates(program, "sm_90a")
+
+
+def test_launches_of_a_chunk():
+    """Eight a layer; of the last layer the three that the caches need."""
+    own = lower_prefill(prefill_of("1.7b", "q4_k_m"), TARGETS["sm_90a"])
+    assert len(own.launches) == 1 + 8 * 27 + 3 + 1
+    library = lower_prefill(prefill_of("1.7b", "q4_k_m"), TARGETS["sm_90a"], library=True)
+    assert sum(launch.kernel == LIBRARY_PRODUCT for launch in library.launches) == 4 * 27 + 1
+    for program, most in ((own, 40 << 20), (library, 140 << 20)):
+        scratch = sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "scratch")
+        assert scratch <= most, "what a chunk needs beside weights and caches"
+
+
+def test_texts_include_nothing():
+    assert not INCLUDE.findall(prefill_header())

@@ -1,0 +1,93 @@
+"""Kernels over a sequence run alone in the builds that look at each load and store: see test_generated_kernels.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "codegen"))
+from step_launches import MOST_ARGUMENTS, bundle, written_places
+from weights import raw_weights
+
+from psigraph.codegen.packing import pack
+from psigraph.codegen.prefill_lower import lower_prefill
+from psigraph.codegen.target import target_for
+from psigraph.ir.program import Buffer
+from psigraph.ir.text import parse_graph
+from psigraph.runtime.host.check import HostCheckError, KernelCall, build_all, run_build
+from psigraph.runtime.tables import table_values
+
+TOKENS, COUNT, FIRST, CONTEXT = 20, 17, 50, 70
+# A layer: two types side by side, ragged rows, ragged counts of tokens and keys.
+LAYER = f"""graph layer(weight %table: q8_0[40,256], weight %norm: f32[256], weight %wq: q4_k[64,256],
+        weight %wk: q4_k[16,256], weight %wv: q6_k[16,256], weight %wo: f16[256,64], weight %gate: q4_k[40,256],
+        weight %up: q4_k[40,256], weight %q_norm: f32[16], weight %k_norm: f32[16],
+        state %tokens: i32[{TOKENS},1], state %span: i32[2], state %position: i32[1], state %log: i32[{CONTEXT}],
+        state %k_cache: f16[1,{CONTEXT},16], state %v_cache: f16[1,{CONTEXT},16]) {{
+    %x: f32[{TOKENS},256] = embed(%table, %tokens)
+    %h: f16[{TOKENS},256] = rms_norm(%x, %norm) {{eps=1e-6}}
+    %q: f32[{TOKENS},64], %k: f32[{TOKENS},16], %v: f32[{TOKENS},16] = matvec(%h, %wq, %wk, %wv)
+    %turned: f16[{TOKENS},4,16], %k1: f16[1,{CONTEXT},16], %v1: f16[1,{CONTEXT},16] =
+        rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %span)
+            {{eps=1e-6, theta=1000000.0, heads=4, kv_heads=1}}
+    %y: f16[{TOKENS},4,16] = attention(%turned, %k1, %v1, %span) {{scale=0.25}}
+    %a: f16[{TOKENS},64] = merge_heads(%y)
+    %x1: f32[{TOKENS},256] = matvec_add(%a, %wo, %x)
+    %act: f16[{TOKENS},40] = matvec_swiglu(%h, %gate, %up)
+    %log2: i32[{CONTEXT}] = record(%log, %tokens, %span)
+    %position2: i32[1] = advance(%span)
+    return x1=%x1, act=%act, k_cache=%k1, v_cache=%v1, log=%log2, position=%position2
+}}"""
+
+
+def contents(buffer: Buffer) -> np.ndarray:
+    """uint8: what lies in a buffer before the chunk."""
+    generator = np.random.default_rng(len(buffer.name))
+    if buffer.kind == "weight" and buffer.layout == "tiles":
+        return pack(raw_weights(buffer.dtype, *buffer.shape, 1), buffer.dtype, *buffer.shape)
+    if buffer.kind == "table":
+        return np.ascontiguousarray(table_values(buffer)).view(np.uint8).ravel()
+    if buffer.name == "span":
+        return np.array([FIRST, COUNT], np.int32).view(np.uint8)
+    if buffer.name == "tokens":
+        return generator.integers(0, 40, buffer.shape).astype(np.int32).view(np.uint8).ravel()
+    if buffer.dtype == "f16" and buffer.kind == "state":
+        return generator.standard_normal(buffer.nbytes // 2).astype(np.float16).view(np.uint8)
+    if buffer.kind == "weight":
+        return np.ones(buffer.shape, np.float32).view(np.uint8)
+    return np.zeros(buffer.nbytes, np.uint8)
+
+
+def test_kernels_of_a_chunk_are_sound() -> None:
+    """Of both ways; where a library would multiply, zeros stand for what it makes."""
+    own, spread = (lower_prefill(parse_graph(LAYER), target_for("host"), library) for library in (False, True))
+    texts = {kernel.text: kernel for program in (own, spread) for kernel in program.kernels}
+    names = [kernel.name for kernel in texts.values()]
+    assert len(set(names)) == len(names) >= 11
+    source = bundle(own.header, tuple(texts.values()))
+    build_all(source, "many", ("address", "watch"))
+    problems = []
+    for program, kernels in ((own, set(names)), (spread, set(names) - {kernel.name for kernel in own.kernels})):
+        memory = {buffer.name: contents(buffer) for buffer in program.buffers}
+        for launch in program.launches:
+            if launch.kernel not in kernels:
+                continue
+            args: list[Any] = [np.int32(names.index(launch.kernel))]
+            args += [memory[arg] if isinstance(arg, str) else np.uint64(arg) for arg in launch.args]
+            args += [np.uint64(0)] * (1 + MOST_ARGUMENTS - len(args))
+            writes = written_places(program.kernel(launch.kernel))
+            shape = (launch.grid, launch.block, launch.shared_bytes)
+            call = KernelCall(source, "many", *shape, args, writes=tuple(1 + place for place in writes))
+            try:
+                run_build(call, "address")
+                left = run_build(call, "watch", "shuffle")
+            except HostCheckError as error:
+                problems.append(f"{launch.kernel}: {error.kind}: {error}")
+                continue
+            for place in writes:
+                memory[str(launch.args[place])] = left[1 + place]
+    assert not problems, "\n".join(problems)
