@@ -1,43 +1,51 @@
 #!/usr/bin/env bash
 # Everything that a GPU has to show, in one run: numbers first, then speed. Needs psigraph installed for $PYTHON.
 #
-#   scripts/gpu/evidence.sh OUT [part ...]      parts: numbers sanitize decode prompts sizes ablate compare (default: all)
+#   scripts/gpu/evidence.sh OUT [part ...]
+#
+# Parts (default: all, in this order): numbers decode compare prompts sizes sanitize ablate sweep tune
 #
 # Reports go to OUT, as psigraph's commands write them; copy those that are to be cited into fixtures/.
-# LLAMA_BENCH=PATH names a llama-bench for the part `compare`. Parts are apart so that a short lease can run some.
+# LLAMA_BENCH=PATH names a llama-bench for the part `compare`; MODELS=DIR keeps the synthetic files there, and takes
+# those that are there. Parts are apart so that a short lease can run some; PART_SECONDS (default 600) ends a command.
 set -uo pipefail
 out=${1:?usage: scripts/gpu/evidence.sh OUT [part ...]}
 shift
-parts=${*:-numbers sanitize decode prompts sizes ablate compare}
+parts=${*:-numbers decode compare prompts sizes sanitize ablate sweep tune}
 python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "$out"
-models=$(mktemp -d)
-trap 'rm -rf "$models"' EXIT
+if [ -n "${MODELS:-}" ]; then
+    models=$MODELS
+    mkdir -p "$models"
+else
+    models=$(mktemp -d)
+    trap 'rm -rf "$models"' EXIT
+fi
 failed=()
 
 run() { # run NAME COMMAND...: its output to OUT/NAME.txt, its last lines to the screen
     local name=$1
     shift
     echo "== $name"
-    if ! "$@" > "$out/$name.txt" 2>&1; then failed+=("$name"); fi
+    if ! timeout "${PART_SECONDS:-600}" "$@" > "$out/$name.txt" 2>&1; then failed+=("$name"); fi
     tail -n "${LINES_SHOWN:-12}" "$out/$name.txt"
 }
-psigraph() { "$python" -m psigraph "$@"; }
+psigraph=("$python" -m psigraph)
 model() { # model SIZE QUANT [option ...]: the path of a synthetic file, made once
     local path=$models/$1-$2.gguf
-    [ -f "$path" ] || psigraph synth "$path" --size "$1" --quant "$2" --seed 1 "${@:3}" > /dev/null
+    [ -f "$path" ] || "${psigraph[@]}" synth "$path" --size "$1" --quant "$2" --seed 1 "${@:3}" > /dev/null
     echo "$path"
 }
 bench() { # bench NAME MODEL option...
-    run "$1" psigraph bench --model-path "$2" --artifact-kind gguf --backend cuda --prompt-token-ids 151644 \
+    run "$1" "${psigraph[@]}" bench --model-path "$2" --artifact-kind gguf --backend cuda --prompt-token-ids 151644 \
         --max-new-tokens 512 --repeats 3 --json-out "$out/$1.json" "${@:3}"
 }
 
 for part in $parts; do
     case $part in
     numbers)
-        run doctor psigraph doctor
+        run doctor "${psigraph[@]}" doctor
         run numbers "$python" -m pytest -q -s -m gpu "$here/tests/gpu"
         ;;
     sanitize)
@@ -51,12 +59,16 @@ for part in $parts; do
         ;;
     decode)
         file=$(model 1.7b q4_k_m)
-        run tune psigraph tune "$file" --seconds 60
         bench decode-1.7b-q4_k_m "$file" --model-size 1.7b --profile
         bench decode-1.7b-q4_k_m-forced "$file" --mode forced
         bench decode-1.7b-q4_k_m-d4096 "$file" --depth 4096 --ctx 5120
-        run sweep psigraph bench --model-path "$file" --backend cuda --prompt-token-ids 151644 --max-new-tokens 64 \
-            --ctx 16640 --sweep depth=0,512,1024,4096,16384 --json-out "$out/sweep"
+        ;;
+    sweep)
+        run sweep "${psigraph[@]}" bench --model-path "$(model 1.7b q4_k_m)" --backend cuda --prompt-token-ids 151644 \
+            --max-new-tokens 64 --ctx 16640 --sweep depth=0,512,1024,4096,16384 --json-out "$out/sweep"
+        ;;
+    tune)
+        run tune "${psigraph[@]}" tune "$(model 1.7b q4_k_m)" --seconds 60
         ;;
     prompts)
         file=$(model 1.7b q4_k_m)
@@ -72,11 +84,11 @@ for part in $parts; do
         bench decode-1.7b-q8_0 "$(model 1.7b q8_0)"
         ;;
     ablate)
-        run ablate psigraph ablate "$(model 1.7b q4_k_m)" --backend cuda --json-out "$out/ablation-1.7b-q4_k_m.json"
+        run ablate "${psigraph[@]}" ablate "$(model 1.7b q4_k_m)" --backend cuda --json-out "$out/ablation-1.7b-q4_k_m.json"
         ;;
     compare)
         if [ -n "${LLAMA_BENCH:-}" ]; then
-            run compare psigraph compare --model "$(model 1.7b q4_k_m)" --llama-bench "$LLAMA_BENCH" \
+            run compare "${psigraph[@]}" compare --model "$(model 1.7b q4_k_m)" --llama-bench "$LLAMA_BENCH" \
                 --out-dir "$out/compare"
         else
             echo "== compare: LLAMA_BENCH names no llama-bench; not run"
