@@ -120,7 +120,7 @@ class Driver:
         try:
             function = self.call("cuModuleGetFunction", module, name.encode())
             attributes = self.api.CUfunction_attribute
-            if dynamic_shared > 48 * 1024:
+            if dynamic_shared > 32 * 1024:  # without this, dynamic and static memory together must not exceed 48 KiB
                 limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 self.call("cuFuncSetAttribute", function, limit, dynamic_shared)
             if cluster > PORTABLE_CLUSTER:

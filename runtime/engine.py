@@ -29,7 +29,7 @@ ALIGNMENT = 256
 CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
 END_TOKEN_SLOTS = 8
 PROBE = "read_bandwidth"
-PROBE_PASSES = 4  # over the weights in one launch
+PROBE_BYTES = 8 << 30  # that one launch reads, going over the weights several times
 
 
 @dataclass
@@ -498,7 +498,7 @@ class Engine:
         start = min(self._address[b.name] for b in weights)
         end = max(self._address[b.name] + b.nbytes for b in weights)
         count = (end - start) // 16
-        passes = 1 if self.program.notes["arch"] == "host" else PROBE_PASSES
+        passes = 1 if self.program.notes["arch"] == "host" else max(1, PROBE_BYTES // (end - start))
         begin, done = self._event(), self._event()
         seconds = []
         for _ in range(repeats + 1):
