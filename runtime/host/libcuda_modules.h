@@ -146,6 +146,9 @@ static CUresult cuKernelGetParamInfo(Function* function, size_t index, size_t* o
     GATE();
     return parameter_info(function, index, offset, size);
 }
+static int most_dynamic(const Function* function) {
+    return function->max_dynamic >= 0 ? function->max_dynamic : (48 << 10) - (int)function->first->static_shared_bytes;
+}
 static CUresult get_attribute(int* value, int attribute, Function* function) {
     if (!state().functions.count(function)) return INVALID_HANDLE;
     switch (attribute) {
@@ -153,7 +156,7 @@ static CUresult get_attribute(int* value, int attribute, Function* function) {
         case 1: *value = (int)function->first->static_shared_bytes; break;
         case 4: *value = 64; break;
         case 5: case 6: *value = state().major * 10 + state().minor; break;
-        case 8: *value = function->max_dynamic; break;
+        case 8: *value = most_dynamic(function); break;
         case 9: *value = function->carveout; break;
         default: *value = 0;
     }
@@ -218,7 +221,7 @@ static CUresult make_kernel_work(Work& work, Function* function, const unsigned*
     if (!state().functions.count(function)) return INVALID_HANDLE;
     uint64_t threads = (uint64_t)block[0] * block[1] * block[2];
     if (!threads || threads > 1024 || block[2] > 64 || !grid[0] || !grid[1] || !grid[2] || grid[1] > 65535 || grid[2] > 65535) return INVALID_VALUE;
-    if ((int)shared_bytes > function->max_dynamic || shared_bytes + function->first->static_shared_bytes > 232448) return INVALID_VALUE;
+    if ((int)shared_bytes > most_dynamic(function) || shared_bytes + function->first->static_shared_bytes > 232448) return INVALID_VALUE;
     work.kind = Work::KERNEL;
     work.function = function;
     memcpy(work.grid, grid, sizeof work.grid);

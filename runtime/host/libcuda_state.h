@@ -68,7 +68,7 @@ struct Function {
     const host_kernel* first = nullptr;
     std::vector<const host_kernel*> copies;
     std::vector<void*> handles;
-    int max_dynamic = 48 << 10, carveout = -1;
+    int max_dynamic = -1, carveout = -1;  // -1: nobody set it, so static and dynamic together may have 48 KiB
     bool large_clusters = false;  // more than 8 blocks
 };
 
