@@ -25,6 +25,7 @@ class ShapeClass:
 
     overrides: the launch shape, where the built-in rule would need a large matrix to choose it.
     older: as GPUs before compute capability 9.0 get it, where each warp fetches its own weights.
+    types: weight types that take this way differently from others; none named: all.
     """
 
     name: str
@@ -33,13 +34,16 @@ class ShapeClass:
     sm_count: int
     overrides: tuple[tuple[str, int], ...] = ()
     older: bool = False
+    types: tuple[str, ...] = ()
 
     def suits(self, dtype: str) -> bool:
-        """Whether a row is a whole number of the type's blocks."""
-        return self.columns % WEIGHT_TYPES[dtype].block_columns == 0
+        """Whether the type is one of the class's, and a row a whole number of its blocks."""
+        return dtype in (self.types or WEIGHT_TYPES) and self.columns % WEIGHT_TYPES[dtype].block_columns == 0
 
 
 _RING = (("column_warps", 2), ("tile_warps", 2), ("ring_limit", 1))
+_TWO_WARPS = (("column_warps", 2), ("tile_warps", 1))
+_BOTH = ("q4_k", "q6_k")  # with 6-bit minima and without
 
 SHAPE_CLASSES = (
     ShapeClass("one tile", 16, 256, 4),
@@ -50,14 +54,14 @@ SHAPE_CLASSES = (
     ShapeClass("refilled ring", 264, 768, 2, _RING),
     ShapeClass("even refilled ring", 256, 1024, 4, (("column_warps", 4), ("tile_warps", 1), ("ring_limit", 1))),
     ShapeClass("slices in pieces", 80, 1024, 2, (("column_warps", 2), ("tile_warps", 1), ("ring_limit", 1))),
-    ShapeClass("wide uneven slices", 48, 1792, 2, (("column_warps", 2), ("tile_warps", 1))),
-    ShapeClass("two superblocks a warp", 32, 1024, 2, (("column_warps", 2), ("tile_warps", 1))),
-    ShapeClass("three superblocks a warp", 32, 1536, 2, (("column_warps", 2), ("tile_warps", 1))),
-    ShapeClass("more teams than tiles", 16, 1024, 4, _RING),
-    ShapeClass("older GPU", 272, 1792, 3, (("column_warps", 2), ("tile_warps", 2)), older=True),
-    ShapeClass("older GPU, one superblock a warp", 64, 512, 4, (("column_warps", 2), ("tile_warps", 1)), older=True),
-    ShapeClass("older GPU, three superblocks", 56, 1536, 1, (("column_warps", 2), ("tile_warps", 1)), older=True),
-    ShapeClass("older GPU, two superblocks a warp", 40, 1024, 4, (("column_warps", 2), ("tile_warps", 1)), older=True),
+    ShapeClass("wide uneven slices", 48, 1792, 2, _TWO_WARPS, types=_BOTH),
+    ShapeClass("two superblocks a warp", 32, 1024, 2, _TWO_WARPS, types=_BOTH),
+    ShapeClass("three superblocks a warp", 32, 1536, 2, _TWO_WARPS, types=_BOTH),
+    ShapeClass("more teams than tiles", 16, 1024, 4, _RING, types=("q4_k", "f16")),
+    ShapeClass("older GPU", 272, 1792, 3, (("column_warps", 2), ("tile_warps", 2)), True, (*_BOTH, "f16")),
+    ShapeClass("older GPU, one superblock a warp", 64, 512, 4, _TWO_WARPS, True, ("q4_k",)),
+    ShapeClass("older GPU, two superblocks a warp", 40, 1024, 4, _TWO_WARPS, True, ("q4_k",)),
+    ShapeClass("older GPU, three superblocks a warp", 56, 1536, 1, _TWO_WARPS, True, _BOTH),
     ShapeClass("H100", 64, 2048, 132),
     ShapeClass("uneven H100", 2128, 256, 132),
 )
