@@ -3,7 +3,7 @@
 A kernel has four parts, the same for all:
   1. the ring: weights, which depend on no other kernel, are asked for as soon as the kernel is resident;
   2. the wait for the kernel before, then the warp's slice of the activations into registers,
-     while one more warp runs errands (the norm's factor, the residual);
+     while one more warp runs errands (the norm's factor, the residual), and another one fills the ring;
   3. the tiles: each warp multiplies its superblocks of each tile, sums go to shared memory;
   4. the epilogue: one thread a row adds the slices up and does what the op does after
      (`product_epilogues`).
@@ -51,7 +51,7 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
         ctx.target,
         reserve=reserve,
         place=place,
-        most_warps=ctx.target.most_warps(number),
+        most_warps=ctx.target.most_warps,
         **(overrides or {}),
     )
     product = Product(
@@ -114,7 +114,7 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             constexpr int GRID = {shape.grid}, UNITS = {product.units}, TILES_PER_UNIT = {product.tiles_per_unit};
             constexpr int ROWS = {product.tiles_per_block * 16};  // of a block
             extern __shared__ __align__(128) u8 shared_memory[];
-            const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;  // warp WARPS runs errands
+            const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;  // WARPS runs errands, the next one fills rings
             const int column_warp = warp % COLUMN_WARPS, tile_warp = warp / COLUMN_WARPS;
             u64* const barriers = (u64*)(shared_memory + {shared.barriers});  // of the ring of each team
             float* partial = (float*)(shared_memory + {shared.partial});  // [column warp][row of the block]
@@ -196,7 +196,7 @@ def _load_ahead(product: Product, writer: Writer, idle: bool) -> None:
             const u8* source;
             int bytes;
         """)
-        _tile_source(product, writer, _SOURCE)
+        _tile_source(product, writer)
         if refilled:
             writer.line("if (n >= DEPTH) TeamRing::wait_until_read(my_barriers, place, turn, target, STAGE);")
         writer.line("TeamRing::fill(my_barriers, place, target, source, bytes, many);")
@@ -236,7 +236,7 @@ def _fetch(product: Product, writer: Writer) -> None:
         """)
         with writer.block("if (n < items_of(tile_warp) * STEPS && from < SUPERBLOCKS)"):
             writer.line("constexpr int many = 1;")
-            _tile_source(product, writer, _SOURCE)
+            _tile_source(product, writer)
         writer.line("TeamRing::fetch(target + column_warp * bytes, source, bytes, lane);")
     with writer.block("if (warp < WARPS)"):
         writer.line("#pragma unroll 1")
@@ -334,19 +334,19 @@ def _superblock(product: Product, writer: Writer, minimum: bool, one: bool) -> N
         """)
 
 
-def _tile_source(product: Product, writer: Writer, template: str) -> None:
-    """`template` for the weight that the block's tile number `tile` belongs to."""
+def _tile_source(product: Product, writer: Writer) -> None:
+    """`_SOURCE` for the weight that the block's tile number `tile` belongs to."""
     if product.tiles_per_unit == 2:
         writer.line("int unit = blockIdx.x + (tile >> 1) * GRID;")
         for index, row in enumerate(product.types):
-            body = template.format(pointer=f"weight{index}", tile="unit", struct=row.struct)
+            body = _SOURCE.format(pointer=f"weight{index}", tile="unit", struct=row.struct)
             writer.line(f"{'if ((tile & 1) == 0)' if index == 0 else 'else'} {{ {body} }}")
         return
     writer.line("int unit = blockIdx.x + tile * GRID;")
     start = 0
     for index, (weight, row) in enumerate(zip(product.weights, product.types, strict=True)):
         end = start + tiles(weight.type.shape[0])
-        body = template.format(
+        body = _SOURCE.format(
             pointer=f"weight{index}", tile=f"(unit - {start})" if start else "unit", struct=row.struct
         )
         last = index == len(product.weights) - 1

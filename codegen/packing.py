@@ -16,8 +16,6 @@ import numpy as np
 
 from .weight_types import SUPERBLOCK_COLUMNS, TILE_ROWS, WEIGHT_TYPES, padded_columns, superblocks, tiles
 
-_K_QUANTS = ("q4_k", "q5_k", "q6_k")
-
 
 def pack(raw: np.ndarray, dtype: str, rows: int, columns: int) -> np.ndarray:
     """Tiles of a matrix.

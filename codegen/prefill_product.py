@@ -41,7 +41,8 @@ def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, 
     rows = [weight.type.shape[0] for weight in weights]
     swiglu = node.op == "matvec_swiglu"
     # A block's units: pairs of tiles, of a gate and the same tile of up, or two neighbours.
-    blocks = [-(-tiles(count) // (2 if swiglu else 4)) for count in (rows[:1] if swiglu else rows)]
+    each = BLOCK_TILES // 2 if swiglu else BLOCK_TILES
+    blocks = [-(-tiles(count) // each) for count in (rows[:1] if swiglu else rows)]
     token_blocks = -(-ctx.tokens // BLOCK_TOKENS)
     kernel = PrefillKernel(f"prefill_{node.op}", THREADS)
     for index, weight in enumerate(weights):
@@ -95,7 +96,7 @@ def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, 
                     )
             start, offset = start + blocks[index], offset + count
         writer.lines("""
-            const int last = (rows + 15) / 16 - 1, tile = block * 4 + pair * 2;
+            const int last = (rows + 15) / 16 - 1, tile = block * BLOCK_TILES + pair * 2;
             const u64 one = (u64)(tile < last ? tile : last) * SUPERBLOCKS;
             const u64 two = (u64)(tile + 1 < last ? tile + 1 : last) * SUPERBLOCKS;
         """)

@@ -3,8 +3,8 @@
 A product's rows are cut into *units* (one tile of 16 rows; for SwiGLU a tile of the gate
 and the same tile of up). Unit u belongs to block u mod grid. Inside a block, `column_warps`
 warps share the columns of a tile (each a *slice* of whole superblocks) and `tile_warps`
-such teams take turns with the block's tiles. Each warp has a ring of `depth` stages in
-shared memory, one stage a superblock of one tile.
+such teams take turns with the block's tiles. Each team has a ring of `depth` stages in
+shared memory; a stage holds a superblock of a tile for each of the team's warps.
 
 Measured on the GPU (docs/performance.md): everything that the ring can hold is requested
 before the kernel waits for the one before it, so a deep ring hides the memory; a small
@@ -21,12 +21,12 @@ from .target import Target
 MAX_SLICE = 6  # superblocks of a row that one warp may multiply
 MOST_WARPS = 30  # that a block can have beside its helpers
 RING_LIMIT = 112 * 1024  # bytes of ring a block, where no place says so
-MOST_STAGES = 16  # of a warp
+MOST_STAGES = 16  # of a team's ring
 
 
 @dataclass(frozen=True)
 class ProductShape:
-    """grid in blocks; warps per block = column_warps * tile_warps; depth in ring stages a warp."""
+    """grid in blocks; warps per block = column_warps * tile_warps; depth in ring stages a team."""
 
     grid: int
     column_warps: int

@@ -10,7 +10,7 @@ RESERVED_BYTES = 1024  # of shared memory that the driver takes for each residen
 STATIC_BYTES = 512  # of static shared memory that a product may have
 ATTENTION_BYTES = 51200  # that attention's block takes in all
 EVEN_SHARE = 65  # percent of two products' shared memory: qkv, gate and up, the head; the others o and down
-EVEN_WARPS, ODD_WARPS = 3, 3  # of a product's block that one of a multiprocessor's four schedulers may have
+SCHEDULER_WARPS = 3  # of a product's block that one of a multiprocessor's four schedulers may have
 PLACE_REGISTERS = 72  # a thread; attention may have what is left
 
 
@@ -46,13 +46,14 @@ class Target:
         """The most registers a thread of a product or of attention may have, or 0 for no such bound.
 
         Two products and attention share a multiprocessor. Its registers belong to its four schedulers, and a block's
-        warps are dealt out to them: at most three to each of an even product, four of an odd one, one of attention.
+        warps are dealt out to them: at most three of each product and one of attention to each.
         """
         return PLACE_REGISTERS if self.places else 0
 
-    def most_warps(self, number: int) -> int:
-        """Warps that multiply in the block of product number `number`; two helpers come with them."""
-        return (4 * EVEN_WARPS, 4 * ODD_WARPS)[number % 2] - 2 if self.places else 16
+    @property
+    def most_warps(self) -> int:
+        """Warps that may multiply in the block of a product; two helpers come with them."""
+        return 4 * SCHEDULER_WARPS - 2 if self.places else 16
 
     def place_bytes(self, number: int) -> int:
         """Dynamic shared memory that the block of a step's product number `number` takes, used or not; 0: no places.

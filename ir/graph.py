@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 Literal = int | float | bool | str | tuple[int, ...]
 
@@ -109,9 +109,6 @@ class Node:
             if name == key:
                 return value
         raise KeyError(f"{self.op} has no attribute {key}")
-
-    def with_attrs(self, **changes: Literal) -> Node:
-        return replace(self, attrs=tuple({**self.attributes, **changes}.items()))
 
     @property
     def out(self) -> Value:

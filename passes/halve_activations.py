@@ -8,7 +8,7 @@ after:
     %q, %k, %v = matvec(%h, %wq, %wk, %wv)
 
 The tensor core multiplies halves and adds in float32; an activation of 11 bits moves the model by a mean KL divergence
-of 5e-7 (shared/physics.md, section 5). Heads that are merged keep the type of the heads: that is a view.
+of 5e-7. Heads that are merged keep the type of the heads: that is a view.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def ablate(
             where = where or environment(bench.session, bench.snapshot)
             keep(_measure(bench.session, name, work, steps))
             if name == FULL and bench.session.program is not None:
-                for feature, change in FEATURES:
+                for feature, change in FEATURES if bench.session.program.programmatic else ():
                     keep(_without_feature(bench.session, feature, change, work, steps))
                 keep(_measure(bench.session, f"{FULL}, again", work, steps))
     return {

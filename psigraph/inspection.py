@@ -88,7 +88,8 @@ class Inspected:
             if name in known:
                 return program.kernel(name).text
         if name not in known:
-            raise UsageError(f"--kernel {name}: there is no such kernel; there are {', '.join(known)}")
+            also = "" if name.startswith(PREFILL) else f"; those of prompts begin with {PREFILL}"
+            raise UsageError(f"--kernel {name}: there is no such kernel; there are {', '.join(known)}{also}")
         return self._kernel(name)
 
     def check_layer(self, layer: int | None) -> None:

@@ -99,7 +99,7 @@ class Policy:
         return None
 
     def benchmark_record(self) -> dict[str, Any]:
-        """The `medical_policy` object of a benchmark report (shared/bench.md)."""
+        """The `medical_policy` object of a benchmark report (schema psionic.medpsy.bench.v1)."""
         keys = (
             "policy_id",
             "default_classification",

@@ -75,7 +75,8 @@ Examples:
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="Measure too how fast a prompt of N tokens goes in: time to the first token, prompt tokens a second.",
+    help="Measure too how fast a prompt of N tokens goes in from position 0: time to the first token, prompt tokens a "
+    "second; 0: not. Slow without a GPU.",
 )
 @click.option("--profile", is_flag=True, help="Time every kernel of the step: its own time, its hand-over, its bytes.")
 @click.option(

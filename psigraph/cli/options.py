@@ -137,8 +137,8 @@ prefill_option = click.option(
     type=click.Choice(["auto", "own", "library", "off"]),
     default="auto",
     show_default=True,
-    help="How prompts go in: own kernels by chunks; a library's products (a GPU, with nvidia-cublas); off: token by "
-    "token. auto: the library on a GPU that has it, else own kernels.",
+    help="How prompts go in: own kernels by chunks; a library's products (a GPU, with psigraph[library]); off: token "
+    "by token, as always on the CPU in numpy. auto: the library on a GPU that has it, else own kernels.",
 )
 
 

@@ -15,6 +15,8 @@ parts=${*:-numbers decode compare prompts sizes sanitize ablate sweep tune}
 python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "$out"
+export PSIGRAPH_COMMIT=${PSIGRAPH_COMMIT:-$(git -C "$here" rev-parse HEAD 2> /dev/null)}
+[ -n "$PSIGRAPH_COMMIT" ] || echo "evidence.sh: no repository here and PSIGRAPH_COMMIT is not set: reports name no commit" >&2
 if [ -n "${MODELS:-}" ]; then
     models=$MODELS
     mkdir -p "$models"
