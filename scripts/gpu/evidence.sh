@@ -57,6 +57,9 @@ for part in $parts; do
                 run "sanitize-$tool$graph" compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m psigraph \
                     generate "$tiny" --backend cuda --prompt-token-ids 4094,448 --max-new-tokens 3 $graph
             done
+            # A prompt by chunks, and attention over several tiles after it.
+            run "sanitize-$tool-prompt" compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m psigraph \
+                generate "$tiny" --backend cuda --prompt-token-ids "$(seq -s, 100 199)" --max-new-tokens 3 --prefill own
         done
         ;;
     decode)
