@@ -58,12 +58,12 @@ SHAPE_CLASSES = (
     ShapeClass("two superblocks a warp", 32, 1024, 2, _TWO_WARPS, types=_BOTH),
     ShapeClass("three superblocks a warp", 32, 1536, 2, _TWO_WARPS, types=_BOTH),
     ShapeClass("more teams than tiles", 16, 1024, 4, _RING, types=("q4_k", "f16")),
-    ShapeClass("older GPU", 272, 1792, 3, (("column_warps", 2), ("tile_warps", 2)), True, (*_BOTH, "f16")),
+    ShapeClass("older GPU", 112, 1792, 1, (("column_warps", 2), ("tile_warps", 2)), True, (*_BOTH, "f16")),
     ShapeClass("older GPU, one superblock a warp", 64, 512, 4, _TWO_WARPS, True, ("q4_k",)),
     ShapeClass("older GPU, two superblocks a warp", 40, 1024, 4, _TWO_WARPS, True, ("q4_k",)),
     ShapeClass("older GPU, three superblocks a warp", 56, 1536, 1, _TWO_WARPS, True, _BOTH),
     ShapeClass("H100", 64, 2048, 132),
-    ShapeClass("uneven H100", 2128, 256, 132),
+    ShapeClass("uneven H100", 2128, 256, 132, types=(*_BOTH, "f16")),
 )
 
 
