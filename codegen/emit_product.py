@@ -57,7 +57,6 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
     product = Product(
         node,
         ctx,
-        number,
         weights,
         types,
         ctx.factor(node.ins[1]) if scaled else None,
@@ -132,8 +131,9 @@ def _text(product: Product, epilogue: Epilogue) -> str:
         writer.line("// 1. Weights depend on no other kernel.")
         writer.line("let_next_kernel_start();")
         writer.line("typedef Ring<DEPTH, COLUMN_WARPS> TeamRing;")
+        refill = ""
         if product.loads_ahead:
-            _load_ahead(product, writer, idle)
+            refill = _load_ahead(product, writer, idle)
         else:
             _fetch(product, writer)
         epilogue.before_wait(writer)
@@ -161,9 +161,9 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             epilogue.after_wait(writer)
         with writer.block("else if (warp < WARPS)" if product.loads_ahead else "else"):
             _tiles(product, writer)
-        if product.refill:
+        if refill:
             with writer.block("else"):
-                writer.lines(product.refill)
+                writer.lines(refill)
         writer.line("__syncthreads();")
         writer.line()
         writer.line("// 4. One thread a row.")
@@ -178,8 +178,9 @@ def _text(product: Product, epilogue: Epilogue) -> str:
     return writer.text()
 
 
-def _load_ahead(product: Product, writer: Writer, idle: bool) -> None:
-    """One thread of the last warp fills a team's ring, the first stages ahead of the kernel's turn."""
+def _load_ahead(product: Product, writer: Writer, idle: bool) -> str:
+    """One thread of the last warp fills a team's ring, the first stages ahead of the kernel's turn; what it does after
+    the wait, for stages that come back, is returned."""
     writer.lines("""
         if (warp < WARPS && lane == 0)
             for (int stage = column_warp; stage < DEPTH; stage += COLUMN_WARPS)
@@ -212,7 +213,7 @@ def _load_ahead(product: Product, writer: Writer, idle: bool) -> None:
         }}
         __syncthreads();  // a warp that waits for the kernel before would hold up the one that paces
     """)
-    product.refill = (
+    return (
         """
         #pragma unroll 1
         for (int n = DEPTH, place = 0, turn = 0; n < stages; n++) {
@@ -293,10 +294,10 @@ def _tiles(product: Product, writer: Writer) -> None:
             else:
                 writer.line("TeamRing::wait_for_copies();")
             if even:
-                _superblock(product, writer, minimum, one)
+                _superblock(product, writer, minimum)
             else:
                 with writer.block("if (s * COLUMN_WARPS + column_warp < SUPERBLOCKS)"):
-                    _superblock(product, writer, minimum, one)
+                    _superblock(product, writer, minimum)
             if not product.loads_ahead:
                 writer.line("__syncwarp();")
                 writer.line("fetch(n + DEPTH);")
@@ -313,7 +314,7 @@ def _tiles(product: Product, writer: Writer) -> None:
         """)
 
 
-def _superblock(product: Product, writer: Writer, minimum: bool, one: bool) -> None:
+def _superblock(product: Product, writer: Writer, minimum: bool) -> None:
     """One superblock of a tile, and the activations of the warp's next one."""
     if not product.integer:
         writer.line("const Floats slice = {values + (s * COLUMN_WARPS + column_warp) * 256};")

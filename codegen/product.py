@@ -18,7 +18,6 @@ class Product:
 
     node: Node
     ctx: Context
-    number: int
     weights: tuple[Value, ...]
     types: tuple[WeightType, ...]
     factor: Factor | None
@@ -28,7 +27,6 @@ class Product:
     shape: ProductShape
     parameters: list[str]
     args: list[str | int]
-    refill: str = ""
 
     def take(self, declaration: str, arg: str | int) -> None:
         self.parameters.append(declaration)
