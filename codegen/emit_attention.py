@@ -19,8 +19,8 @@ import math
 
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node
+from .digits import store_digits
 from .emission import Context, Emitted
-from .weight_types import padded_columns
 from .writer import Writer, c_float, signature
 
 ATTENTION_OPS = ("rope_append", "rope_attention", "attention")
@@ -456,6 +456,6 @@ def _gather_in_memory(writer: Writer, quantized: bool, size: int) -> None:
 
 def _store(writer: Writer, quantized: bool, size: int) -> None:
     if quantized:
-        writer.line(f"store_digits(y, (float2*)(y + {2 * padded_columns(size)}), at, value, inside);")
+        writer.line(store_digits("y", "value", size, "inside"))
     else:
         writer.line("if (inside) y[at] = value;")

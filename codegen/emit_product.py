@@ -11,7 +11,10 @@ A kernel has four parts, the same for all:
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from ..ir.graph import Node
+from .digits import block_copy
 from .emission import Context, Emitted
 from .product import Product
 from .product_epilogues import EPILOGUES, Epilogue
@@ -21,6 +24,9 @@ from .weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
 from .writer import Writer, c_float, signature
 
 PRODUCTS = tuple(EPILOGUES)
+
+HELD = 3  # superblocks of activations that a warp keeps in registers
+HELD_WITHOUT_MINIMA = 2
 
 _SOURCE = "source = {pointer} + ((u64){tile} * SUPERBLOCKS + from) * {struct}::BYTES; bytes = many * {struct}::BYTES;"
 
@@ -138,9 +144,9 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             _fetch(product, writer)
         epilogue.before_wait(writer)
         if product.integer:
-            factors = f"x + {2 * padded_columns(product.columns)}"
-            writer.line("const u32* my_digits = ready(first_word(x, column_warp, lane));")
-            writer.line(f"const float2* my_factors = ready(first_factor({factors}, column_warp, lane));")
+            writer.line(f"const u8* const my_x = {block_copy('x', product.columns)};")
+            writer.line("const uint4* my_digits = ready(first_words(my_x, column_warp, lane));")
+            writer.line("const float4* my_factors = ready(first_factors(my_x, column_warp, lane));")
         writer.lines("""
             // 2. The activations depend on the kernel before.
             wait_for_previous_kernel();
@@ -247,35 +253,35 @@ def _fetch(product: Product, writer: Writer) -> None:
 def _tiles(product: Product, writer: Writer) -> None:
     """Part 3: the warp's slice of the activations, then its items one after the other.
 
-    Of a slice up to two superblocks stay in registers; of a longer one two are there, the next one on its way.
+    Of a slice up to `HELD` superblocks stay in registers; of a longer one two are there, the next one on its way.
     """
     minimum = product.integer and any(row.name in ("q4_k", "q5_k") for row in product.types)
-    one = product.slice == 1
-    two = product.slice == 2
     even = product.superblocks % product.shape.column_warps == 0
     refilled = product.stages > product.shape.depth
-    if product.integer:
-        writer.line("Digits slice;")
-        writer.line("slice.load(my_digits, my_factors);")
-        if not one:
-            steps = "STEPS" if even else "(SUPERBLOCKS - 1 - column_warp) / COLUMN_WARPS + 1"
-            writer.line("Digits next;")
-        if not one and not two:
-            writer.lines(f"""
-                const int steps = {steps};
-                int coming = steps > 1 ? 1 : 0;  // the superblock that `next` holds
-                auto load_next = [&]() {{
-                    next.load(my_digits + coming * COLUMN_WARPS * 128, my_factors + coming * COLUMN_WARPS * 16);
-                }};
-                load_next();
-            """)
-        if two:
-            writer.line("const int second = COLUMN_WARPS + column_warp < SUPERBLOCKS ? COLUMN_WARPS : 0;")
-            writer.line("next.load(my_digits + second * 128, my_factors + second * 16);")
-        if minimum and (one or two):
-            writer.line("slice.find_minimum_bias(lane);")
-        if minimum and two:
-            writer.line("next.find_minimum_bias(lane);")
+    if product.integer and _held(product):
+        for index, name in enumerate(_held(product)):
+            writer.line(f"Digits {name};")
+            at = f"{index} * COLUMN_WARPS"
+            if index and not even:
+                writer.line(f"const int from{index} = {at} + column_warp < SUPERBLOCKS ? {at} : 0;")
+                at = f"from{index}"
+            writer.line(f"{name}.load(my_digits + {at} * DIGITS_STRIDE, my_factors + {at} * DIGITS_STRIDE);")
+        if minimum:
+            for name in _held(product):
+                writer.line(f"{name}.find_minimum_bias(lane);")
+    elif product.integer:
+        steps = "STEPS" if even else "(SUPERBLOCKS - 1 - column_warp) / COLUMN_WARPS + 1"
+        writer.lines(f"""
+            Digits slice, next;
+            slice.load(my_digits, my_factors);
+            const int steps = {steps};
+            int coming = steps > 1 ? 1 : 0;  // the superblock that `next` holds
+            auto load_next = [&]() {{
+                const int from = coming * COLUMN_WARPS * DIGITS_STRIDE;
+                next.load(my_digits + from, my_factors + from);
+            }};
+            load_next();
+        """)
     writer.line()
     writer.line("// 3. Tiles: rows g and g + 8 of each, this warp's columns.")
     writer.line("const int items = items_of(tile_warp);")
@@ -314,20 +320,25 @@ def _tiles(product: Product, writer: Writer) -> None:
         """)
 
 
+def _held(product: Product) -> tuple[str, ...]:
+    """Names of the warp's superblocks of activations, if all of them stay in registers; the one to use comes first."""
+    names, minima = ("slice", "next", "third"), all(row.name in ("q4_k", "q5_k") for row in product.types)
+    return names[: product.slice] if product.slice <= (HELD if minima else HELD_WITHOUT_MINIMA) else ()
+
+
 def _superblock(product: Product, writer: Writer, minimum: bool) -> None:
     """One superblock of a tile, and the activations of the warp's next one."""
+    held = _held(product)
     if not product.integer:
         writer.line("const Floats slice = {values + (s * COLUMN_WARPS + column_warp) * 256};")
-    elif minimum and product.slice > 2:
+    elif minimum and not held:
         writer.line("slice.find_minimum_bias(lane);")
     _tile_product(product, writer)
-    if product.integer and product.slice == 2:
-        writer.lines("""
-            const Digits used = slice;
-            slice = next;
-            next = used;
-        """)
-    if product.integer and product.slice > 2:
+    if product.integer and len(held) > 1:
+        writer.line("const Digits used = slice;")
+        for name, after in pairwise((*held, "used")):
+            writer.line(f"{name} = {after};")
+    if product.integer and not held:
         writer.lines("""
             slice = next;
             coming = coming + 1 < steps ? coming + 1 : 0;

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..ir.graph import Node, Value
+from .digits import store_digits
 from .emission import Context, Emitted
-from .weight_types import WEIGHT_TYPES, padded_columns, superblocks
+from .weight_types import WEIGHT_TYPES, superblocks
 from .writer import Writer, c_float, signature
 
 THREADS = 256
@@ -38,8 +39,7 @@ class _Kernel:
 
     def store(self, name: str, value: str, size: int, quantized: bool) -> None:
         if quantized:
-            factors = f"(float2*)({name} + {2 * padded_columns(size)})"
-            self.writer.line(f"store_digits({name}, {factors}, at, {value}, at < {-(-size // 16) * 16});")
+            self.writer.line(store_digits(name, value, size, f"at < {-(-size // 16) * 16}"))
         else:
             self.writer.line(f"if (at < {size}) {name}[at] = {value};")
 

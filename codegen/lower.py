@@ -9,6 +9,7 @@ from ..ir.graph import Graph, Node, Value
 from ..ir.program import HEADER_NAME, Buffer, Kernel, Launch, Program
 from ..ir.text import print_node
 from .device import device_header
+from .digits import digit_bytes
 from .emission import Emitted, Factor
 from .emit_attention import ATTENTION_OPS, emit_attention
 from .emit_product import PRODUCTS, emit_product
@@ -17,7 +18,7 @@ from .emit_vector import VECTOR_EMITTERS
 from .probe import probe_kernel
 from .repack import repack_kernel
 from .target import Target
-from .weight_types import WEIGHT_TYPES, padded_columns
+from .weight_types import WEIGHT_TYPES
 
 ALIASES = ("split_heads", "merge_heads")
 ELEMENT_BYTES = {"f32": 4, "i32": 4, "f16": 2}
@@ -53,7 +54,7 @@ class _Lowering:
         quantized = value.type.dtype == "i8x2"
         layout = "i8x2" if quantized else "plain"
         size = value.type.size
-        nbytes = _digit_bytes(size) if quantized else size * ELEMENT_BYTES[value.type.dtype]
+        nbytes = digit_bytes(size) if quantized else size * ELEMENT_BYTES[value.type.dtype]
         name = self._allocate(value.name, value.type.dtype, value.type.shape, layout, nbytes, zeroed=quantized)
         self._settle(value, name)
         return name
@@ -219,11 +220,6 @@ def _emit(node: Node, lowering: _Lowering) -> Emitted:
     if node.op in VECTOR_EMITTERS:
         return VECTOR_EMITTERS[node.op](node, lowering)
     raise UnsupportedModelError(f"op {node.op} has no kernel")
-
-
-def _digit_bytes(size: int) -> int:
-    """An i8x2 vector: two bytes a value, then scale and scaled sum of each group of 16."""
-    return padded_columns(size) * 2 + padded_columns(size) // 16 * 8
 
 
 def _layer(node: Node) -> int | None:

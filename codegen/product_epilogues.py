@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..ir.graph import Value
+from .digits import store_digits
 from .product import Product
-from .weight_types import padded_columns, tiles
+from .weight_types import tiles
 from .writer import Writer
 
 
@@ -97,7 +98,7 @@ def _take_vector(product: Product, out: Value, name: str) -> bool:
 
 def _store_vector(writer: Writer, name: str, value: str, size: int, quantized: bool) -> None:
     if quantized:
-        writer.line(f"store_digits({name}, (float2*)({name} + {2 * padded_columns(size)}), at, {value}, inside);")
+        writer.line(store_digits(name, value, size, "inside"))
     else:
         writer.line(f"if (inside && at < {size}) {name}[at] = {value};")
 

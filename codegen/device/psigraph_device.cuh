@@ -371,16 +371,13 @@ DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) {
 struct Digits {
     u32 digits[4];
     float scale[4], bias[4], minimum_bias[2];
-    // words, factors: those of the first chunk that this lane reads (`first_word`, `first_factor`); chunks lie 128 and
-    // 32 bytes apart.
-    METHOD void load(const u32* words, const float2* factors) {
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            digits[c] = fresh(words + c * 32);
-            float2 factor = fresh(factors + c * 4);
-            scale[c] = factor.x;
-            bias[c] = factor.y;
-        }
+    // words, factors: where this lane reads its block (`first_words`, `first_factors`).
+    METHOD void load(const uint4* words, const float4* factors) {
+        uint4 four = fresh(words);
+        float4 a = fresh(factors), b = fresh(factors + 1);
+        digits[0] = four.x; digits[1] = four.y; digits[2] = four.z; digits[3] = four.w;
+        scale[0] = a.x; bias[0] = a.y; scale[1] = a.z; bias[1] = a.w;
+        scale[2] = b.x; bias[2] = b.y; scale[3] = b.z; bias[3] = b.w;
     }
     // Only Q4_K and Q5_K need it.
     METHOD void find_minimum_bias(int lane) {
@@ -392,9 +389,14 @@ struct Digits {
     }
 };
 
-// Where lane (g, t) starts to read a superblock of an i8x2 vector: digits, then (scale, bias).
-DEVICE const u32* first_word(const u8* digits, int superblock, int lane) { return (const u32*)digits + superblock * 128 + lane; }
-DEVICE const float2* first_factor(const u8* factors, int superblock, int lane) { return (const float2*)factors + superblock * 16 + (lane & 3); }
+// An i8x2 vector in memory: of every 256 columns 32 lanes x 4 chunks x 4 digits, then 4 groups x 4 chunks x (scale, bias).
+#define DIGITS_BLOCK 640
+#define DIGITS_STRIDE 40  // words of 16 bytes
+// Where lane (g, t) reads the block of a superblock.
+DEVICE const uint4* first_words(const u8* vector, int superblock, int lane) { return (const uint4*)(vector + superblock * DIGITS_BLOCK) + lane; }
+DEVICE const float4* first_factors(const u8* vector, int superblock, int lane) {
+    return (const float4*)(vector + superblock * DIGITS_BLOCK + 512) + 2 * (lane & 3);
+}
 
 // The activations of a warp's slice for weights that are floating-point numbers: float32 in shared memory.
 struct Floats {
@@ -655,23 +657,48 @@ DEVICE float lanes_max(float value, int width) {
     return value;
 }
 
-// Write one value of an i8x2 vector. 16 neighbouring lanes hold one group; all 32 lanes call it, those with
-// `inside` false write nothing (a whole group is inside or outside). index: the value's place in the vector.
-DEVICE void store_digits(u8* vector, float2* factors, int index, float value, bool inside) {
-    float amax = lanes_max(fabsf(value), 16);
+// Over each half of the warp; no float below zero. Two instructions of the whole warp take less time than four shuffles.
+#ifdef PSIGRAPH_HOST
+DEVICE float half_warp_max(float value) { return lanes_max(value, 16); }
+DEVICE int half_warp_sum(int value) { return lanes_sum(value, 16); }
+#else
+DEVICE float half_warp_max(float value) {
+    u32 bits = float_to_bits(value), first, second;
+    bool upper = threadIdx.x & 16;
+    asm("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(first) : "r"(upper ? 0u : bits));
+    asm("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(second) : "r"(upper ? bits : 0u));
+    return bits_to_float(upper ? second : first);
+}
+DEVICE int half_warp_sum(int value) {
+    int first, second;
+    bool upper = threadIdx.x & 16;
+    asm("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(first) : "r"(upper ? 0 : value));
+    asm("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(second) : "r"(upper ? value : 0));
+    return upper ? second : first;
+}
+#endif
+
+// Write one value of an i8x2 vector, COPIES times at every COPY_BYTES. 16 neighbouring lanes hold one group; all 32 lanes
+// call it, those with `inside` false write nothing (a whole group is inside or outside). index: the value's place.
+template <int COPIES, int COPY_BYTES> DEVICE void store_digits(u8* vector, int index, float value, bool inside) {
+    float amax = half_warp_max(fabsf(value));
     bool alive = amax >= 1.50463277e-36f;  // 128 * smallest normal number: below, 127 / amax could overflow
     float inverse = alive ? divide(127.0f, amax) : 0.0f;
     float scaled = value * inverse;
     int high = round_to_int(scaled);
     int low = round_to_int((scaled - (float)high) * 254.0f);
-    int sum = lanes_sum(254 * high + low, 16);
+    int sum = half_warp_sum(254 * high + low);
     if (inside) {
-        int group = index >> 4, at = index & 15;
-        vector[group * 32 + at] = (u8)(s8)high;
-        vector[group * 32 + 16 + at] = (u8)(s8)low;
-        if (at == 0) {
-            float scale = alive ? amax * (1.0f / 32258.0f) : 0.0f;
-            factors[group] = make_float2(scale, scale * (float)sum);
+        int chunk = (index >> 6) & 3, group = (index >> 4) & 3, lane = group * 8 + ((index >> 2) & 3);
+        u8* block = vector + (index >> 8) * DIGITS_BLOCK;
+        u8* digits = block + lane * 16 + chunk * 4 + (index & 3);
+        float scale = alive ? amax * (1.0f / 32258.0f) : 0.0f;
+        float2* factor = (float2*)(block + 512) + group * 4 + chunk;
+#pragma unroll
+        for (int copy = 0; copy < COPIES; copy++) {
+            digits[copy * COPY_BYTES] = (u8)(s8)high;
+            digits[copy * COPY_BYTES + 64] = (u8)(s8)low;
+            if ((index & 15) == 0) factor[copy * (COPY_BYTES / 8)] = make_float2(scale, scale * (float)sum);
         }
     }
 }

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from psigraph.codegen.digits import BLOCK_BYTES, copy_bytes
 from psigraph.codegen.lower import lower
 from psigraph.codegen.packing import pack
 from psigraph.codegen.target import Target
-from psigraph.codegen.weight_types import padded_columns
 from psigraph.ir.graph import Graph
 from psigraph.ir.program import HEADER_NAME, LIBRARY_PRODUCT, Buffer, Launch, Program
 from psigraph.ir.types import I8X2_GROUP
@@ -79,10 +79,14 @@ class Digits:
 
 
 def decode_digits(data: np.ndarray, size: int) -> Digits:
-    """data: uint8, the whole buffer: 32 bytes a group (16 high, 16 low digits), then (scale, bias) pairs of float32."""
-    padded = padded_columns(size)
-    planes = data[: 2 * padded].view(np.int8).reshape(-1, 2, I8X2_GROUP)
-    factors = data[2 * padded :].view(np.float32).reshape(-1, 2)
+    """data: uint8, the whole buffer: equal copies of blocks for 256 columns (psigraph.codegen.digits)."""
+    copies = data.reshape(-1, copy_bytes(size))
+    assert (copies == copies[0]).all(), "the copies of a vector differ"
+    blocks = copies[0].reshape(-1, BLOCK_BYTES)
+    # [block][group of the chunk][digit][column / 4][chunk][column % 4] -> [block, chunk, group][digit][column]
+    digits = blocks[:, :512].view(np.int8).reshape(-1, 4, 2, 4, 4, 4).transpose(0, 4, 1, 2, 3, 5)
+    planes = digits.reshape(-1, 2, I8X2_GROUP)
+    factors = blocks[:, 512:].copy().view(np.float32).reshape(-1, 4, 4, 2).transpose(0, 2, 1, 3).reshape(-1, 2)
     return Digits(size, planes[:, 0], planes[:, 1], factors[:, 0], factors[:, 1])
 
 
