@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..ir.graph import Value
-from .target import Target
+from ..ir.graph import Node, Value
+from .target import Place, Target
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Context(Protocol):
     def in_place(self, result: Value, state: Value) -> str:
         """The result takes the state's own buffer."""
 
-    def next_product(self) -> int:
-        """The number of the step's next product: which place it takes (`Target.place_bytes`)."""
+    def place(self, node: Node) -> Place:
+        """Which place a product of the step takes (`Target.place_bytes`)."""
 
     def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
         """Memory private to this launch."""

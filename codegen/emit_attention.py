@@ -29,6 +29,7 @@ WARPS = 4
 THREADS = 32 * WARPS
 TILE = 16  # positions
 MAX_SPLITS = 32
+TILES_AHEAD = 3  # of each warp, on their way into L2
 
 
 def emit_attention(node: Node, ctx: Context) -> Emitted:
@@ -66,6 +67,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     quantized = result.type.dtype == "i8x2"
     take("u8* y" if quantized else "float* y", ctx.write(result))
     slots, gathered = WARPS * splits, group * head_dim // (splits if clusters else 1)
+    touched = -(-gathered // head_dim) + (head_dim % gathered != 0 and gathered % head_dim != 0)  # heads of a block
     if attend and not clusters:
         take("float* gathered", ctx.scratch("gathered", kv_heads * slots * group * head_dim * 4))
         take("float2* tops", ctx.scratch("tops", kv_heads * slots * group * 8))
@@ -101,12 +103,21 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
                 __shared__ float norm_weights[2][HEAD_DIM];
             """)
         if attend:
-            _memory(writer, clusters, gathered)
+            _memory(writer, clusters, gathered, touched)
             _fetch(writer, rotate)
             if rotate:
                 writer.line("// Keys and values of earlier positions were written by earlier steps: no need to wait.")
                 writer.line("fetch_keys(place);")
                 writer.line("fetch_values(place);")
+                writer.lines(f"""
+                    auto prefetch_tile = [&](int tile) {{  // the positions that are there
+                        const int positions = now - tile * TILE < TILE ? now - tile * TILE : TILE;
+                        const u16* cache = lane == 0 ? k_cache : v_cache;
+                        const int bytes = positions * HEAD_DIM * 2;
+                        if (lane < 2 && positions > 0) prefetch(cache + head_start + tile * TILE * HEAD_DIM, bytes);
+                    }};
+                    for (int i = 1; i <= {TILES_AHEAD}; i++) prefetch_tile(place + i * SLOTS);
+                """)
         writer.line("let_next_kernel_start();")
         _keep(writer, attend, group)
         if rotate:
@@ -122,7 +133,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
             writer.lines("""
                 const int count = tiles < SLOTS ? tiles : SLOTS;  // warps of the head that have a tile
                 __shared__ u64 all_sent;
-                if (threadIdx.x == 0) expect_bytes(&all_sent, count * (MINE * 4 + GROUP * 8));
+                if (threadIdx.x == 0) expect_bytes(&all_sent, count * (MINE * 4 + (LAST - FIRST + 1) * 8));
                 cluster_barrier();  // all blocks have started: their shared memory may be written
             """)
         scale = float(node.attr("scale")) * math.log2(math.e) if attend else 1.0  # type: ignore[arg-type]
@@ -145,7 +156,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
                 _gather_in_cluster(writer, quantized, heads * head_dim, gathered)
             else:
                 _gather_in_memory(writer, quantized, heads * head_dim)
-    dynamic = tiles_bytes + (slots * (gathered * 4 + group * 8) if clusters else 0)
+    dynamic = tiles_bytes + (slots * (gathered * 4 + touched * 8) if clusters else 0)
     return Emitted(
         stem=node.op,
         body=writer.text(),
@@ -169,7 +180,7 @@ def _splits(ctx: Context, kv_heads: int, values: int) -> int:
     return splits
 
 
-def _memory(writer: Writer, clusters: bool, gathered: int) -> None:
+def _memory(writer: Writer, clusters: bool, gathered: int, touched: int) -> None:
     writer.lines("""
         extern __shared__ __align__(16) u8 shared_memory[];
         // Rows are padded, so that the lanes of a warp read them from different banks.
@@ -181,7 +192,9 @@ def _memory(writer: Writer, clusters: bool, gathered: int) -> None:
         writer.lines(f"""
             constexpr int MINE = {gathered};  // of the head's values, finished by this block
             float* gathered = (float*)(shared_memory + 2 * WARPS * TILE * (KEY_ROW + VALUE_ROW));  // [place][MINE]
-            float2* tops = (float2*)(gathered + SLOTS * MINE);  // [place][query head]: maximum, sum of weights
+            constexpr int HEADS = {touched};  // that those belong to, at most
+            const int FIRST = split * MINE / HEAD_DIM, LAST = ((split + 1) * MINE - 1) / HEAD_DIM;
+            float2* tops = (float2*)(gathered + SLOTS * MINE);  // [place][head - FIRST]: maximum, sum of weights
         """)
 
 
@@ -301,22 +314,33 @@ def _attend(writer: Writer, rotate: bool) -> None:
     """
     if rotate:
         writer.lines(new_row.format(what="key", row="KEY_ROW"))
-    writer.lines("""
-            float scores[SETS][4];
-            for_each<SETS>([&](auto set) { for_each<4>([&](auto i) { scores[set.index][i.index] = 0.0f; }); });
-            #pragma unroll 2
-            for (int step = 0; step < STEPS; step++) {
-                uint2 low = *(const uint2*)(keys + g * KEY_ROW + step * 16 + 4 * t);
-                uint2 high = *(const uint2*)(keys + (g + 8) * KEY_ROW + step * 16 + 4 * t);
+    later = f"prefetch_tile(tile + {TILES_AHEAD + 1} * SLOTS);" if rotate else ""
+    writer.lines(
+        """
+            constexpr int CHAINS = SETS == 1 && STEPS > 1 ? 2 : 1;  // of sums: a product need not wait for the last one
+            float chains[SETS][CHAINS][4], scores[SETS][4];
+            for_each<SETS>([&](auto set) {
+                for_each<CHAINS * 4>([&](auto i) { chains[set.index][i.index / 4][i.index % 4] = 0.0f; });
+            });
+            for_each<STEPS>([&](auto step) {
+                uint2 low = *(const uint2*)(keys + g * KEY_ROW + step.index * 16 + 4 * t);
+                uint2 high = *(const uint2*)(keys + (g + 8) * KEY_ROW + step.index * 16 + 4 * t);
                 const u32 key[4] = {low.x, high.x, low.y, high.y};
                 for_each<SETS>([&](auto set) {
-                    uint2 both = *(const uint2*)(queries[set.index * 8 + g] + step * 16 + 4 * t);
+                    uint2 both = *(const uint2*)(queries[set.index * 8 + g] + step.index * 16 + 4 * t);
                     const u32 query[2] = {both.x, both.y};
-                    dot_halves(scores[set.index], key, query, lane);
+                    dot_halves(chains[set.index][step.index % CHAINS], key, query, lane);
                 });
-            }
+            });
+            for_each<SETS>([&](auto set) {
+                for_each<4>([&](auto i) {
+                    const float other = CHAINS > 1 ? chains[set.index][CHAINS - 1][i.index] : 0.0f;
+                    scores[set.index][i.index] = chains[set.index][0][i.index] + other;
+                });
+            });
             __syncwarp();
             fetch_keys(tile + SLOTS);  // while the values are used
+            PREFETCH_LATER
             u32 weights[SETS][2];
             for_each<SETS>([&](auto set) {
                 const int p = tile * TILE + g;
@@ -336,7 +360,8 @@ def _attend(writer: Writer, rotate: bool) -> None:
                 });
             });
             wait_for_copies_but_last();
-    """)
+    """.replace("PREFETCH_LATER", later)
+    )
     if rotate:
         writer.lines(new_row.format(what="value", row="VALUE_ROW"))
     writer.lines("""
@@ -373,19 +398,38 @@ _SEND = """
         }}
 """
 
-_ADD_UP = """
-            const int head = o / HEAD_DIM;
-            float highest = -1e30f, weights = 0.0f, value = 0.0f;
-            #pragma unroll {unroll}
-            for (int s = 0; s < count; s++) highest = fmaxf(highest, {top}.x);
-            #pragma unroll {unroll}
-            for (int s = 0; s < count; s++) {{
-                const float2 theirs = {top};
-                float share = exp2_fast(theirs.x - highest);
+_SHARES = """
+        // What the part of each of the head's warps counts for in the softmax over all of them.
+        __shared__ __align__(16) float shares[{heads}][(SLOTS + 3) / 4 * 4], weights_of_head[{heads}];
+        #pragma unroll 1
+        for (int head = FIRST + warp; head <= LAST; head += WARPS) {{
+            float highest = -1e30f, weights = 0.0f;
+            for (int s = lane; s < count; s += 32) highest = fmaxf(highest, {top}.x);
+            highest = warp_max(highest);
+            for (int s = lane; s < (SLOTS + 3) / 4 * 4; s += 32) {{
+                const float2 theirs = s < count ? {top} : make_float2(highest, 0.0f);
+                const float share = s < count ? exp2_fast(theirs.x - highest) : 0.0f;
+                shares[head - FIRST][s] = share;
                 weights += share * theirs.y;
-                value += share * {part};
             }}
-            value = divide(value, weights);
+            weights = lanes_sum(weights, 32);
+            if (lane == 0) weights_of_head[head - FIRST] = weights;
+        }}
+        __syncthreads();
+"""
+
+_ADD_UP = """
+            const int head = o / HEAD_DIM - FIRST;
+            float value = 0.0f, odd = 0.0f;
+            #pragma unroll 2
+            for (int s = 0; s < count; s += 4) {{
+                const float4 share = *(const float4*)(shares[head] + s);
+                value += share.x * {part}(s);
+                odd += share.y * (s + 1 < count ? {part}(s + 1) : 0.0f);
+                value += share.z * (s + 2 < count ? {part}(s + 2) : 0.0f);
+                odd += share.w * (s + 3 < count ? {part}(s + 3) : 0.0f);
+            }}
+            value = divide(value + odd, weights_of_head[head]);
 """
 
 
@@ -396,7 +440,8 @@ def _gather_in_cluster(writer: Writer, quantized: bool, size: int, gathered: int
         _SEND.format(
             low="outbox[o] = pairs[0] + pairs[1];",
             high="outbox[o + 8] = pairs[2] + pairs[3];",
-            tops="for (int b = g; b < SPLITS; b += 8) send_to_block(tops + place * GROUP + head, b, mine, &all_sent);",
+            tops="""for (int b = head * HEAD_DIM / MINE + g; b <= ((head + 1) * HEAD_DIM - 1) / MINE; b += 8)
+                        send_to_block(tops + place * HEADS + head - b * MINE / HEAD_DIM, b, mine, &all_sent);""",
         )
     )
     with writer.block("if (place < tiles)"):
@@ -407,7 +452,10 @@ def _gather_in_cluster(writer: Writer, quantized: bool, size: int, gathered: int
                 send_to_block(there, o / MINE, *(const float4*)(outbox + o), &all_sent);
             }
         """)
-    writer.line("wait_for_bytes(&all_sent);")
+    writer.lines("""
+        wait_for_bytes(&all_sent);
+    """)
+    writer.lines(_SHARES.format(heads="HEADS", top="tops[s * HEADS + head - FIRST]"))
     padded = -(-gathered // 32) * 32
     loop = f"for (int i = threadIdx.x; i < {padded}; i += {THREADS})"
     with writer.block(f"if (threadIdx.x < {padded})" if padded <= THREADS else loop):
@@ -416,9 +464,9 @@ def _gather_in_cluster(writer: Writer, quantized: bool, size: int, gathered: int
         writer.lines("""
             const bool inside = i < MINE;
             const int o = split * MINE + (inside ? i : 0), at = kv_head * GROUP * HEAD_DIM + split * MINE + i;
+            auto part = [&](int s) { return gathered[s * MINE + (inside ? i : 0)]; };
         """)
-        part = "gathered[s * MINE + o % MINE]"
-        writer.lines(_ADD_UP.format(unroll=4, top="tops[s * GROUP + head]", part=part))
+        writer.lines(_ADD_UP.format(part="part"))
         _store(writer, quantized, size)
 
 
@@ -442,15 +490,19 @@ def _gather_in_memory(writer: Writer, quantized: bool, size: int) -> None:
         __threadfence();
         if (threadIdx.x == 0) arrived[kv_head] = 0u;
     """)
+    writer.lines("""
+        const int count = tiles < SLOTS ? tiles : SLOTS;
+        constexpr int FIRST = 0, LAST = GROUP - 1;
+    """)
+    place = "(kv_head * SLOTS + s) * GROUP"
+    writer.lines(_SHARES.format(heads="GROUP", top=f"fresh(tops + {place} + head)"))
     with writer.block(f"for (int i = threadIdx.x; i < (GROUP * HEAD_DIM + 31) / 32 * 32; i += {THREADS})"):
-        writer.lines("""
+        writer.lines(f"""
             const bool inside = i < GROUP * HEAD_DIM;
             const int o = inside ? i : 0, at = kv_head * GROUP * HEAD_DIM + i;
-            const int count = tiles < SLOTS ? tiles : SLOTS;
+            auto part = [&](int s) {{ return fresh(gathered + {place} * HEAD_DIM + o); }};
         """)
-        place = "(kv_head * SLOTS + s) * GROUP"
-        part = f"fresh(gathered + {place} * HEAD_DIM + o)"
-        writer.lines(_ADD_UP.format(unroll=8, top=f"fresh(tops + {place} + head)", part=part))
+        writer.lines(_ADD_UP.format(part="part"))
         _store(writer, quantized, size)
 
 

@@ -11,22 +11,16 @@ A kernel has four parts, the same for all:
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from ..ir.graph import Node
 from .digits import block_copy
 from .emission import Context, Emitted
 from .product import Product
-from .product_epilogues import EPILOGUES, Epilogue
+from .product_epilogues import EARLY_NUMBERS, EPILOGUES, Epilogue
 from .shapes import product_shape
-from .target import ATTENTION_BYTES
 from .weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
 from .writer import Writer, c_float, signature
 
 PRODUCTS = tuple(EPILOGUES)
-
-HELD = 3  # superblocks of activations that a warp keeps in registers
-HELD_WITHOUT_MINIMA = 2
 
 _SOURCE = "source = {pointer} + ((u64){tile} * SUPERBLOCKS + from) * {struct}::BYTES; bytes = many * {struct}::BYTES;"
 
@@ -45,10 +39,8 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
     widest = max(row.superblock_bytes for row in types)
     integer = types[0].family == "integer"
     reserve = 0 if integer else padded_columns(columns) * 4
-    number = ctx.next_product()
-    place = ctx.target.place_bytes(number)
-    if node.op.endswith("_choose") and place:
-        place += ATTENTION_BYTES  # the step's last kernel: no attention comes after it
+    early = EARLY_NUMBERS.get(node.op, 0)
+    place = ctx.target.place_bytes(ctx.place(node))
     shape = product_shape(
         units,
         2 if swiglu else 1,
@@ -56,6 +48,7 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
         widest,
         ctx.target,
         reserve=reserve,
+        early=early,
         place=place,
         most_warps=ctx.target.most_warps,
         **(overrides or {}),
@@ -70,6 +63,7 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
         units,
         2 if swiglu else 1,
         shape,
+        early,
         [],
         [],
     )
@@ -251,42 +245,32 @@ def _fetch(product: Product, writer: Writer) -> None:
 
 
 def _tiles(product: Product, writer: Writer) -> None:
-    """Part 3: the warp's slice of the activations, then its items one after the other.
+    """Part 3: the warp's slice of the activations, then its tiles one after the other.
 
-    Of a slice up to `HELD` superblocks stay in registers; of a longer one two are there, the next one on its way.
+    Of a slice up to two superblocks stay in registers; of a longer one two are there, the next one on its way.
     """
     minimum = product.integer and any(row.name in ("q4_k", "q5_k") for row in product.types)
     even = product.superblocks % product.shape.column_warps == 0
     refilled = product.stages > product.shape.depth
-    if product.integer and _held(product):
-        for index, name in enumerate(_held(product)):
-            writer.line(f"Digits {name};")
-            at = f"{index} * COLUMN_WARPS"
-            if index and not even:
-                writer.line(f"const int from{index} = {at} + column_warp < SUPERBLOCKS ? {at} : 0;")
-                at = f"from{index}"
-            writer.line(f"{name}.load(my_digits + {at} * DIGITS_STRIDE, my_factors + {at} * DIGITS_STRIDE);")
-        if minimum:
-            for name in _held(product):
-                writer.line(f"{name}.find_minimum_bias(lane);")
-    elif product.integer:
-        steps = "STEPS" if even else "(SUPERBLOCKS - 1 - column_warp) / COLUMN_WARPS + 1"
-        writer.lines(f"""
-            Digits slice, next;
-            slice.load(my_digits, my_factors);
-            const int steps = {steps};
-            int coming = steps > 1 ? 1 : 0;  // the superblock that `next` holds
-            auto load_next = [&]() {{
-                const int from = coming * COLUMN_WARPS * DIGITS_STRIDE;
-                next.load(my_digits + from, my_factors + from);
-            }};
-            load_next();
-        """)
+    if product.integer:
+        held = min(product.slice, 2)
+        writer.line(f"Digits slice[{held}];")
+        writer.line("slice[0].load(my_digits, my_factors);")
+        if held == 2:
+            second = "COLUMN_WARPS" if even else "COLUMN_WARPS + column_warp < SUPERBLOCKS ? COLUMN_WARPS : 0"
+            writer.line(f"const int second = ({second}) * DIGITS_STRIDE;")
+            writer.line("slice[1].load(my_digits + second, my_factors + second);")
+        if minimum and product.slice <= 2:
+            writer.line(f"for_each<{held}>([&](auto s) {{ slice[s.index].find_minimum_bias(lane); }});")
     writer.line()
     writer.line("// 3. Tiles: rows g and g + 8 of each, this warp's columns.")
     writer.line("const int items = items_of(tile_warp);")
     if product.loads_ahead:
         writer.line("u64* const my_barriers = barriers + tile_warp * 2 * DEPTH;")
+    if product.integer and product.slice > 2:
+        steps = "STEPS" if even else "(SUPERBLOCKS - 1 - column_warp) / COLUMN_WARPS + 1"
+        writer.line(f"const int steps = {steps};")
+        writer.line("int coming = steps > 1 ? 1 : 0;  // the superblock that slice[1] holds")
     writer.line("int n = 0, place = 0, turn = 0;  // stages so far, and where the next one lies in the ring")
     writer.line("#pragma unroll 1")
     with writer.block("for (int i = 0; i < items; i++)"):
@@ -320,29 +304,26 @@ def _tiles(product: Product, writer: Writer) -> None:
         """)
 
 
-def _held(product: Product) -> tuple[str, ...]:
-    """Names of the warp's superblocks of activations, if all of them stay in registers; the one to use comes first."""
-    names, minima = ("slice", "next", "third"), all(row.name in ("q4_k", "q5_k") for row in product.types)
-    return names[: product.slice] if product.slice <= (HELD if minima else HELD_WITHOUT_MINIMA) else ()
-
-
 def _superblock(product: Product, writer: Writer, minimum: bool) -> None:
     """One superblock of a tile, and the activations of the warp's next one."""
-    held = _held(product)
     if not product.integer:
-        writer.line("const Floats slice = {values + (s * COLUMN_WARPS + column_warp) * 256};")
-    elif minimum and not held:
-        writer.line("slice.find_minimum_bias(lane);")
+        writer.line("const Floats slice[1] = {{values + (s * COLUMN_WARPS + column_warp) * 256}};")
+    elif minimum and product.slice > 2:
+        writer.line("slice[0].find_minimum_bias(lane);")
     _tile_product(product, writer)
-    if product.integer and len(held) > 1:
-        writer.line("const Digits used = slice;")
-        for name, after in pairwise((*held, "used")):
-            writer.line(f"{name} = {after};")
-    if product.integer and not held:
+    if product.integer and product.slice == 2:
         writer.lines("""
-            slice = next;
+            const Digits used = slice[0];
+            slice[0] = slice[1];
+            slice[1] = used;
+        """)
+    if product.integer and product.slice > 2:
+        writer.lines("""
+            slice[0] = slice[1];
             coming = coming + 1 < steps ? coming + 1 : 0;
-            if (n + 2 < items * STEPS) load_next();  // what nobody will use would hold up the warp's end
+            const int from = coming * COLUMN_WARPS * DIGITS_STRIDE;
+            // What nobody will use would hold up the warp's end.
+            if (n + 2 < items * STEPS) slice[1].load(my_digits + from, my_factors + from);
         """)
 
 
@@ -373,7 +354,7 @@ def _tile_product(product: Product, writer: Writer) -> None:
     """`low` and `high` of a superblock, by its weight's type: equal types share one call."""
 
     def dot(struct: str) -> str:
-        return f"{struct}::dot(stage + column_warp * {struct}::BYTES, slice, lane, low, high);"
+        return f"{struct}::dot(stage + column_warp * {struct}::BYTES, slice[0], lane, low, high);"
 
     structs = [row.struct for row in product.types]
     if len(set(structs)) == 1:

@@ -15,9 +15,10 @@ from .emit_attention import ATTENTION_OPS, emit_attention
 from .emit_product import PRODUCTS, emit_product
 from .emit_sampling import SAMPLING_EMITTERS
 from .emit_vector import VECTOR_EMITTERS
+from .places import product_places
 from .probe import probe_kernel
 from .repack import repack_kernel
-from .target import Target
+from .target import Place, Target
 from .weight_types import WEIGHT_TYPES
 
 ALIASES = ("split_heads", "merge_heads")
@@ -37,7 +38,8 @@ class _Lowering:
         self.states = {param.name for param in graph.params if param.kind == "state"}
         self.ctx = graph.param("log").type.shape[0]
         self.last_use = self._last_uses()
-        self.products = 0
+        kernels = [node for node in graph.nodes if not is_view(node)]
+        self.places = product_places(kernels, PRODUCTS, ATTENTION_OPS)
         for param in graph.params:
             self._place_param(param.kind, param.value)
 
@@ -72,9 +74,8 @@ class _Lowering:
         self._settle(result, self.where[state.name])
         return self.where[state.name]
 
-    def next_product(self) -> int:
-        self.products += 1
-        return self.products - 1
+    def place(self, node: Node) -> Place:
+        return self.places[node.outs[0].name]
 
     def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
         full = f"scratch.{name}"

@@ -14,7 +14,10 @@ IN_FLIGHT = 32 * 1024  # bytes that a block has under way ahead of its turn, abo
 
 @dataclass
 class Product:
-    """The facts of one product, and the argument list that grows while it is emitted."""
+    """The facts of one product, and the argument list that grows while it is emitted.
+
+    early: numbers a row that its epilogue fetches ahead (`product_epilogues.EARLY_NUMBERS`).
+    """
 
     node: Node
     ctx: Context
@@ -25,6 +28,7 @@ class Product:
     units: int
     tiles_per_unit: int
     shape: ProductShape
+    early: int
     parameters: list[str]
     args: list[str | int]
 
@@ -86,17 +90,19 @@ class Product:
         ring = shape.warps * shape.depth * self.widest
         barriers = -(-ring // 128) * 128
         partial = barriers + shape.tile_warps * shape.depth * 16
-        activations_at = partial + shape.column_warps * self.tiles_per_block * 16 * 4
+        early = partial + shape.column_warps * self.tiles_per_block * 16 * 4
+        activations_at = early + self.early * self.tiles_per_block * 16 * 4
         activations = 0 if self.integer else padded_columns(self.columns) * 4
-        return SharedLayout(barriers, partial, activations_at, activations_at + activations)
+        return SharedLayout(barriers, partial, early, activations_at, activations_at + activations)
 
 
 @dataclass(frozen=True)
 class SharedLayout:
     """Byte offsets in dynamic shared memory, after the rings: barriers, partial sums
-    [column warp][row], activations as float32; and the total."""
+    [column warp][row], what an epilogue fetches early [number][row], activations as float32; and the total."""
 
     barriers: int
     partial: int
+    early: int
     activations: int
     total: int

@@ -122,9 +122,9 @@ def _residual(product: Product) -> Epilogue:
     place = "int at = (blockIdx.x + (row >> 4) * GRID) * 16 + (row & 15);"
 
     def before_wait(writer: Writer) -> None:
-        writer.line("__shared__ float early_residual[ROWS];")
+        writer.line(f"float* const early_residual = (float*)(shared_memory + {product.shared.early});")
         if norm:
-            writer.line("__shared__ float early_weight[ROWS];")
+            writer.line("float* const early_weight = early_residual + ROWS;")
             with (
                 writer.block("if (warp == WARPS)"),
                 writer.block("for (int row = lane; row < block_tiles * 16; row += 32)"),
@@ -216,6 +216,9 @@ def _choose(product: Product) -> Epilogue:
 
     return Epilogue(write)
 
+
+EARLY_NUMBERS = {"matvec_add": 1, "matvec_add_norm": 2}
+"""Numbers a row that an epilogue keeps in dynamic shared memory while the tiles are multiplied."""
 
 EPILOGUES: dict[str, Callable[[Product], Epilogue]] = {
     "matvec": _store,

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ir.errors import UnsupportedModelError
-from .target import Target
+from .target import STATIC_BYTES, Target
 
 MAX_SLICE = 6  # superblocks of a row that one warp may multiply
 MOST_WARPS = 30  # that a block can have beside its helpers
@@ -51,6 +51,7 @@ def product_shape(
     target: Target,
     *,
     reserve: int = 0,
+    early: int = 0,
     place: int = 0,
     most_warps: int = 16,
     column_warps: int | None = None,
@@ -59,13 +60,14 @@ def product_shape(
 ) -> ProductShape:
     """The shape of a product: the first that fits, of those that are likely to be fast.
 
-    units, tiles_per_unit, superblocks: the matrix; superblock_bytes: of its widest weight
-    type; reserve: shared bytes that the kernel needs besides ring and partial sums; place: shared bytes that
-    it may take if it can, and most_warps warps that may multiply (`Target.place_bytes`, `Target.most_warps`).
-    column_warps, tile_warps, ring_limit: what tuning or a test asks for. UnsupportedModelError if
+    units, tiles_per_unit, superblocks: the matrix; superblock_bytes: of its widest weight type; reserve: shared bytes
+    that the kernel needs besides ring and sums; early: numbers a row that its epilogue fetches ahead; place: dynamic
+    shared bytes that it may take if it can, and most_warps warps that may multiply (`Target.place_bytes`,
+    `Target.most_warps`). column_warps, tile_warps, ring_limit: what tuning or a test asks for. UnsupportedModelError if
     nothing fits.
     """
     limit = ring_limit or place or RING_LIMIT
+    most_bytes = target.shared_bytes - STATIC_BYTES
     problem = "is wider than kernels support (46080)"
     for columns in (column_warps,) if column_warps is not None else _column_warps(superblocks, most_warps):
         slice_ = -(-superblocks // columns)
@@ -74,20 +76,21 @@ def product_shape(
         problem = f"needs more shared memory than {target.arch} has"
         per_block = _units_per_block(units, tiles_per_unit, columns, target)
         tiles = per_block * tiles_per_unit
-        taken = reserve + _row_bytes(columns) * tiles * 16 + 256
+        sums = reserve + (columns + early) * tiles * 16 * 4
         most = most_warps // columns
         wanted = tile_warps if tile_warps is not None else max(1, min(most, tiles))
         tried = [
             (total, turns)
-            for total in ((place, target.shared_bytes) if place else (target.shared_bytes,))
+            for total in ((place, most_bytes) if place else (most_bytes,))
             for turns in (range(wanted, 0, -1) if tile_warps is None else (wanted,))
             if columns * turns <= MOST_WARPS
         ]
         for total, turns in tried:
             stage = columns * turns * superblock_bytes
-            room = total - taken - turns * 16 * MOST_STAGES
-            depth = max(1, min(-(-tiles // turns) * slice_, MOST_STAGES, min(limit, room) // stage))
-            if depth * stage <= room:
+            depth = max(1, min(-(-tiles // turns) * slice_, MOST_STAGES, limit // stage))
+            while depth > 1 and _bytes(stage, depth, turns, sums) > total:
+                depth -= 1
+            if _bytes(stage, depth, turns, sums) <= total:
                 return ProductShape(-(-units // per_block), columns, turns, depth, per_block)
     raise UnsupportedModelError(f"a product over {superblocks * 256} columns {problem}")
 
@@ -98,6 +101,11 @@ def _units_per_block(units: int, tiles_per_unit: int, column_warps: int, target:
     while per_block > 1 and _row_bytes(column_warps) * per_block * tiles_per_unit * 16 > target.shared_bytes // 4:
         per_block = -(-per_block // 2)
     return per_block
+
+
+def _bytes(stage: int, depth: int, tile_warps: int, sums: int) -> int:
+    """Dynamic shared bytes: rings, barriers, partial sums (`SharedLayout` says where)."""
+    return -(-stage * depth // 128) * 128 + tile_warps * depth * 16 + sums
 
 
 def _row_bytes(column_warps: int) -> int:

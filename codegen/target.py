@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..ir.errors import UsageError
 
+Place = Literal["before attention", "after attention", "wide", "deep", "last"]  # of a product in the step
+
 RESERVED_BYTES = 1024  # of shared memory that the driver takes for each resident block
-STATIC_BYTES = 512  # of static shared memory that a product may have
-ATTENTION_BYTES = 51200  # that attention's block takes in all
-EVEN_SHARE = 65  # percent of two products' shared memory: qkv, gate and up, the head; the others o and down
+STATIC_BYTES = 128  # of static shared memory that a product has
+ATTENTION_BYTES = 50048  # that attention's block takes in all
+DEEP_BYTES = 82560  # in all of a product in the place `deep`: three superblocks of eight warps in Q6_K
 SCHEDULER_WARPS = 3  # of a product's block that one of a multiprocessor's four schedulers may have
 PLACE_REGISTERS = 72  # a thread; attention may have what is left
 
@@ -55,21 +58,32 @@ class Target:
         """Warps that may multiply in the block of a product; two helpers come with them."""
         return 4 * SCHEDULER_WARPS - 2 if self.places else 16
 
-    def place_bytes(self, number: int) -> int:
-        """Dynamic shared memory that the block of a step's product number `number` takes, used or not; 0: no places.
+    def place_bytes(self, place: Place) -> int:
+        """Dynamic shared memory that the block of a product takes, used or not; 0: no places.
 
         While one product works, the next one is resident and fetches its weights. The hardware puts blocks where there
         is room, and with sizes of their own, kernels were seen to crowd on 43 to 90 of 132 multiprocessors, two and
         three blocks of one kernel on each (docs/performance.md, version 4). So every product has one block a
-        multiprocessor, and a second one fits nowhere: an even product is launched where an odd one is resident, and the
-        other way round, and both together leave room for one block of attention and nothing else.
+        multiprocessor, and sizes are such that a second one fits nowhere while the kernel before is there:
+
+            before attention    beside `deep` and attention
+            after attention     two of it do not fit beside `before attention`
+            wide                beside `after attention` and attention
+            deep                beside `wide`
+            last                beside `deep`
         """
         if not self.places:
             return 0
-        both = self.shared_bytes + RESERVED_BYTES - ATTENTION_BYTES
-        even = both * EVEN_SHARE // 100
-        each = even if number % 2 == 0 else both - even
-        return (each - RESERVED_BYTES - STATIC_BYTES) // 128 * 128
+        total = self.shared_bytes + RESERVED_BYTES
+        after = (ATTENTION_BYTES + DEEP_BYTES) // 2 + 256  # STATIC_BYTES of each may not be there
+        sizes: dict[Place, int] = {
+            "before attention": total - ATTENTION_BYTES - DEEP_BYTES,
+            "after attention": after,
+            "wide": total - ATTENTION_BYTES - after,
+            "deep": DEEP_BYTES,
+            "last": total - DEEP_BYTES,
+        }
+        return (sizes[place] - RESERVED_BYTES - STATIC_BYTES) // 128 * 128
 
 
 TARGETS: dict[str, Target] = {

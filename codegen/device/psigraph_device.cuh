@@ -206,9 +206,11 @@ template <int DEPTH, int READERS> struct Ring {
         u32 barrier = shared_address(barriers + stage), to = shared_address(target);
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
         const int each = bytes / pieces;
+        u64 policy;  // weights are read once a step: they must not push out of L2 what is read again and again, code above all
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
         for (int i = 0; i < pieces; i++, to += each, source += each)
-            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                         "l"(source), "r"(each), "r"(barrier)
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                         "l"(source), "r"(each), "r"(barrier), "l"(policy)
                          : "memory");
     }
     // Until the first copy to a stage has arrived, or a few microseconds have passed: whoever asks for more weights
@@ -238,6 +240,13 @@ template <int DEPTH, int> struct Ring {
         __syncwarp();
     }
 };
+#endif
+
+// Bytes that will be asked for later, into the L2 cache: whole times 16, on a 16-byte boundary.
+#if !defined(PSIGRAPH_HOST) && __CUDA_ARCH__ >= 900
+DEVICE void prefetch(const void* source, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory"); }
+#else
+DEVICE void prefetch(const void*, int) {}
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
@@ -657,6 +666,16 @@ DEVICE float lanes_max(float value, int width) {
     return value;
 }
 
+// Largest of a warp. As integers, floats below zero order the other way round.
+#ifdef PSIGRAPH_HOST
+DEVICE float warp_max(float value) { return lanes_max(value, 32); }
+#else
+DEVICE float warp_max(float value) {
+    int bits = (int)float_to_bits(value), largest;
+    asm("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(bits ^ ((bits >> 31) & 0x7fffffff)));
+    return bits_to_float((u32)(largest ^ ((largest >> 31) & 0x7fffffff)));
+}
+#endif
 // Over each half of the warp; no float below zero. Two instructions of the whole warp take less time than four shuffles.
 #ifdef PSIGRAPH_HOST
 DEVICE float half_warp_max(float value) { return lanes_max(value, 16); }
@@ -678,6 +697,16 @@ DEVICE int half_warp_sum(int value) {
 }
 #endif
 
+// Bytes `odd` and `odd` + 2 of both words.
+#ifdef PSIGRAPH_HOST
+DEVICE u32 every_other_byte(u32 first, u32 second, int odd) {
+    first >>= 8 * odd, second >>= 8 * odd;
+    return (first & 0xffu) | ((first >> 8) & 0xff00u) | ((second & 0xffu) << 16) | ((second << 8) & 0xff000000u);
+}
+#else
+DEVICE u32 every_other_byte(u32 first, u32 second, int odd) { return __byte_perm(first, second, odd ? 0x7531 : 0x6420); }
+#endif
+
 // Write one value of an i8x2 vector, COPIES times at every COPY_BYTES. 16 neighbouring lanes hold one group; all 32 lanes
 // call it, those with `inside` false write nothing (a whole group is inside or outside). index: the value's place.
 template <int COPIES, int COPY_BYTES> DEVICE void store_digits(u8* vector, int index, float value, bool inside) {
@@ -688,18 +717,23 @@ template <int COPIES, int COPY_BYTES> DEVICE void store_digits(u8* vector, int i
     int high = round_to_int(scaled);
     int low = round_to_int((scaled - (float)high) * 254.0f);
     int sum = half_warp_sum(254 * high + low);
-    if (inside) {
-        int chunk = (index >> 6) & 3, group = (index >> 4) & 3, lane = group * 8 + ((index >> 2) & 3);
-        u8* block = vector + (index >> 8) * DIGITS_BLOCK;
-        u8* digits = block + lane * 16 + chunk * 4 + (index & 3);
-        float scale = alive ? amax * (1.0f / 32258.0f) : 0.0f;
-        float2* factor = (float2*)(block + 512) + group * 4 + chunk;
+    // The four lanes of a word know all of it, and each of them writes other copies.
+    const int quad = index & 3, chunk = (index >> 6) & 3, group = (index >> 4) & 3;
+    u32 mine = ((u32)high & 0xffu) | (((u32)low & 0xffu) << 8), other = __shfl_xor_sync(FULL_WARP, mine, 1);
+    mine = (quad & 1) ? other | (mine << 16) : mine | (other << 16);
+    other = __shfl_xor_sync(FULL_WARP, mine, 2);
+    u32 first = (quad & 2) ? other : mine, second = (quad & 2) ? mine : other;
+    u8* const block = vector + (index >> 8) * DIGITS_BLOCK;
+    u32* const words = (u32*)(block + (group * 8 + ((index >> 2) & 3)) * 16) + chunk;
+    float2* const factor = (float2*)(block + 512) + group * 4 + chunk;
+    float scale = alive ? amax * (1.0f / 32258.0f) : 0.0f;
 #pragma unroll
-        for (int copy = 0; copy < COPIES; copy++) {
-            digits[copy * COPY_BYTES] = (u8)(s8)high;
-            digits[copy * COPY_BYTES + 64] = (u8)(s8)low;
-            if ((index & 15) == 0) factor[copy * (COPY_BYTES / 8)] = make_float2(scale, scale * (float)sum);
-        }
+    for (int copy = 0; copy < COPIES; copy += 4) {
+        const int at = (copy + quad) * COPY_BYTES;
+        if (!inside || copy + quad >= COPIES) continue;
+        *(u32*)((u8*)words + at) = every_other_byte(first, second, 0);
+        *(u32*)((u8*)words + at + 64) = every_other_byte(first, second, 1);
+        if ((index & 12) == 0) *(float2*)((u8*)factor + at) = make_float2(scale, scale * (float)sum);
     }
 }
 

@@ -44,7 +44,7 @@ MARKS = (  # text of a kernel -> the same with a stamp; what a kernel does not h
     ("wait_for_previous_kernel();\n", "STAMP(1);\nwait_for_previous_kernel();\nSTAMP(2);\n"),
     (
         "        // 3. Tiles",
-        "float needed = 0.0f;\nfor (float b : slice.bias) needed += b;\nif (needed == 12345.678f) STAMP(14);\n"
+        "float needed = 0.0f;\nfor (float b : slice[0].bias) needed += b;\nif (needed == 12345.678f) STAMP(14);\n"
         "STAMP(3);\n        // 3. Tiles",
     ),
     (
@@ -63,7 +63,7 @@ def stamped_text(text: str) -> str:
     """A kernel with stamps, and two more parameters for where they go."""
     head, signature, body = _parts(text)
     for mark, instead in MARKS:
-        if "slice.bias" not in instead or "Digits slice" in body:
+        if "slice[0].bias" not in instead or "Digits slice" in body:
             body = body.replace(mark, instead, 1)
     end = body.rstrip().rfind("}")
     body = f"    STAMP(0);\n{body[:end]}__syncwarp();\nSTAMP(7);\n}}\n"
