@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from shipped import graph_of
 
+from psigraph.codegen.cache_types import CACHE_TYPES
 from psigraph.codegen.emit_product import PRODUCTS
 from psigraph.codegen.lower import lower
 from psigraph.codegen.target import ATTENTION_BYTES, RESERVED_BYTES, STATIC_BYTES, TARGETS
 from psigraph.ir.program import Launch, Program
+from psigraph.runtime import nvrtc, synth
 
 WITH_PLACES = [target for target in TARGETS.values() if target.places]
 
@@ -38,6 +40,18 @@ def test_products_of_a_model_fill_their_places(size, quant):
         assert launch.block <= 384, launch.kernel
     head = products[-1]
     assert head.shared_bytes == target.place_bytes(len(products) - 1) + ATTENTION_BYTES  # no attention after it
+
+
+@pytest.mark.parametrize("kv_type", CACHE_TYPES)
+@pytest.mark.parametrize("size", synth.SIZES)
+def test_attention_fits_beside_the_products(size, kv_type):
+    target = TARGETS["sm_90a"]
+    program = lower(graph_of(size, "q4_k_m", 1, kv_type=kv_type), target)
+    (launch,) = (launch for launch in program.launches if launch.kernel == "rope_attention")
+    _, resources = nvrtc.compile_kernel(program.source(launch.kernel), launch.kernel, target.arch)
+    assert launch.shared_bytes + resources.shared_bytes + RESERVED_BYTES <= ATTENTION_BYTES
+    assert resources.registers <= target.registers
+    assert resources.spill_bytes == 0
 
 
 def test_without_places_kernels_take_what_they_need():
