@@ -5,6 +5,7 @@ its blocks first and then round their warps, so that every SM has work early. Al
 group share each key and value read. Both products of a tile run on the tensor cores with float16
 operands and float32 sums. Queries and softmax weights are cut in two halves each (`high + low`), which
 sit in columns that would be empty otherwise, so that nothing is lost beside the cache's own float16.
+How a tile gets into shared memory and becomes halves is the cache type's (`cache_types.py`).
 
 Each warp keeps a running softmax (Milakov and Gimelshein 2018); the warps' results are added up as in
 FlashDecoding, in a fixed order: where blocks form clusters, through the shared memory of the cluster's
@@ -19,15 +20,15 @@ import math
 
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node
+from .cache_types import CACHE_TYPES, TILE, CacheType, StepParts
 from .digits import store_digits
 from .emission import Context, Emitted
-from .writer import Writer, c_float, signature
+from .writer import Writer, c_float, inset, signature
 
 ATTENTION_OPS = ("rope_append", "rope_attention", "attention")
 
 WARPS = 4
 THREADS = 32 * WARPS
-TILE = 16  # positions
 MAX_SPLITS = 32
 TILES_AHEAD = 3  # of each warp, on their way into L2
 
@@ -38,6 +39,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     attend = node.op != "rope_append"
     cache = node.ins[5 if rotate else 1].type
     kv_heads, _, head_dim = cache.shape
+    held = CACHE_TYPES[cache.dtype]
     heads = int(node.attr("heads")) if rotate else node.ins[0].type.shape[0]  # type: ignore[arg-type]
     if head_dim % 16 or not 16 <= head_dim <= 256:
         raise UnsupportedModelError(f"head_dim {head_dim}: kernels support multiples of 16 from 16 to 256")
@@ -55,13 +57,13 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     if rotate:
         for name, value in zip(("k", "v", "q_norm", "k_norm"), node.ins[1:5], strict=True):
             take(f"const float* {name}", ctx.read(value))
-        take("u16* k_cache", ctx.in_place(node.outs[1], node.ins[5]))
-        take("u16* v_cache", ctx.in_place(node.outs[2], node.ins[6]))
+        take(f"{held.element}* k_cache", ctx.in_place(node.outs[1], node.ins[5]))
+        take(f"{held.element}* v_cache", ctx.in_place(node.outs[2], node.ins[6]))
         table_attrs = {key: value for key, value in node.attrs if key not in ("eps", "scale", "heads", "kv_heads")}
         take("const float2* rope", ctx.table("rope", ctx.ctx * head_dim * 4, head_dim=head_dim, **table_attrs))
     else:
-        take("const u16* k_cache", ctx.read(node.ins[1]))
-        take("const u16* v_cache", ctx.read(node.ins[2]))
+        take(f"const {held.element}* k_cache", ctx.read(node.ins[1]))
+        take(f"const {held.element}* v_cache", ctx.read(node.ins[2]))
     take("const int* position", ctx.read(node.ins[-1]))
     result = node.outs[0]
     quantized = result.type.dtype == "i8x2"
@@ -74,16 +76,18 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
         take("u32* arrived", ctx.scratch("arrived", kv_heads * 4, zeroed=True))
     take("int context", ctx.ctx)
 
-    tiles_bytes = WARPS * TILE * 2 * (2 * head_dim + 24)
+    warp_bytes = held.tile_bytes(head_dim)
+    if clusters:  # where its tiles were, a warp collects what it sends
+        warp_bytes = max(warp_bytes, group * head_dim * 4)
     writer = Writer()
-    with writer.block(signature(THREADS, parameters, ctx.target.registers)):
+    with writer.block(signature(THREADS, parameters, ctx.target.attention_registers)):
         writer.lines(f"""
             constexpr int HEAD_DIM = {head_dim}, SPLITS = {splits};  // blocks of a key/value head
             constexpr int GROUP = {group};  // query heads that share a key/value head
             const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
             const int kv_head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
             const int now = from_earlier_step(position);
-            const u64 head_start = (u64)kv_head * context * HEAD_DIM;
+{inset(held.step.head_start, 12)}
         """)
         if attend:
             writer.lines(f"""
@@ -97,29 +101,22 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
         else:
             writer.line("const bool owner = true;")
         if rotate:
+            writer.lines(held.step.new_rows)
             writer.lines("""
-                __shared__ __align__(16) u16 new_key[HEAD_DIM], new_value[HEAD_DIM];
                 __shared__ float2 turn[HEAD_DIM / 2];  // cosine and sine of this position
                 __shared__ float norm_weights[2][HEAD_DIM];
             """)
         if attend:
-            _memory(writer, clusters, gathered, touched)
-            _fetch(writer, rotate)
+            _memory(writer, held, warp_bytes, clusters, gathered, touched)
+            writer.lines(held.step.fetch.replace("SEEN", "now" if rotate else "now + 1"))
             if rotate:
                 writer.line("// Keys and values of earlier positions were written by earlier steps: no need to wait.")
                 writer.line("fetch_keys(place);")
                 writer.line("fetch_values(place);")
-                writer.lines(f"""
-                    auto prefetch_tile = [&](int tile) {{  // the positions that are there
-                        const int positions = now - tile * TILE < TILE ? now - tile * TILE : TILE;
-                        const u16* cache = lane == 0 ? k_cache : v_cache;
-                        const int bytes = positions * HEAD_DIM * 2;
-                        if (lane < 2 && positions > 0) prefetch(cache + head_start + tile * TILE * HEAD_DIM, bytes);
-                    }};
-                    for (int i = 1; i <= {TILES_AHEAD}; i++) prefetch_tile(place + i * SLOTS);
-                """)
+                writer.lines(held.step.prefetch)
+                writer.line(f"for (int i = 1; i <= {TILES_AHEAD}; i++) prefetch_tile(place + i * SLOTS);")
         writer.line("let_next_kernel_start();")
-        _keep(writer, attend, group)
+        _keep(writer, held.step, attend, group)
         if rotate:
             writer.lines(f"""
                 for (int i = threadIdx.x; i < HEAD_DIM; i += {THREADS}) {{
@@ -141,7 +138,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
         if attend and not clusters:
             writer.line("if (split >= tiles) return;")
         if rotate:
-            _rotate(writer, scale, float(node.attr("eps")))  # type: ignore[arg-type]
+            _rotate(writer, held.step, scale, float(node.attr("eps")))  # type: ignore[arg-type]
         else:
             writer.line("fetch_keys(place);")
             writer.line("fetch_values(place);")
@@ -151,21 +148,21 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
             """)
         if attend:
             writer.line("__syncthreads();")
-            _attend(writer, rotate)
+            _attend(writer, held.step, rotate)
             if clusters:
                 _gather_in_cluster(writer, quantized, heads * head_dim, gathered)
             else:
                 _gather_in_memory(writer, quantized, heads * head_dim)
-    dynamic = tiles_bytes + (slots * (gathered * 4 + touched * 8) if clusters else 0)
+    dynamic = WARPS * warp_bytes + (slots * (gathered * 4 + touched * 8) if clusters else 0)
     return Emitted(
         stem=node.op,
-        body=writer.text(),
+        body=held.with_header(writer.text()),
         grid=kv_heads * splits,
         block=THREADS,
         args=tuple(args),
         shared_bytes=dynamic if attend else 0,
         cluster=splits if clusters else 1,
-        cache_bytes_per_position=2 * kv_heads * head_dim * 2 if attend else 0,
+        cache_bytes_per_position=2 * kv_heads * held.position_bytes(head_dim) if attend else 0,
         describe=f"{kv_heads} key/value heads x {splits} blocks, {group} query heads share each read",
     )
 
@@ -180,35 +177,30 @@ def _splits(ctx: Context, kv_heads: int, values: int) -> int:
     return splits
 
 
-def _memory(writer: Writer, clusters: bool, gathered: int, touched: int) -> None:
-    writer.lines("""
-        extern __shared__ __align__(16) u8 shared_memory[];
-        // Rows are padded, so that the lanes of a warp read them from different banks.
-        constexpr int KEY_ROW = HEAD_DIM + 16, VALUE_ROW = HEAD_DIM + 8;
-        u16* keys = (u16*)shared_memory + warp * TILE * (KEY_ROW + VALUE_ROW);
-        u16* values = keys + TILE * KEY_ROW;
-    """)
+def _memory(writer: Writer, held: CacheType, warp_bytes: int, clusters: bool, gathered: int, touched: int) -> None:
+    writer.line("extern __shared__ __align__(16) u8 shared_memory[];")
+    writer.lines(held.step.tiles.replace("WARP;", f"{warp_bytes};"))
     if clusters:
         writer.lines(f"""
             constexpr int MINE = {gathered};  // of the head's values, finished by this block
-            float* gathered = (float*)(shared_memory + 2 * WARPS * TILE * (KEY_ROW + VALUE_ROW));  // [place][MINE]
+            float* gathered = (float*)(shared_memory + {held.step.tiles_end});  // [place][MINE]
             constexpr int HEADS = {touched};  // that those belong to, at most
             const int FIRST = split * MINE / HEAD_DIM, LAST = ((split + 1) * MINE - 1) / HEAD_DIM;
             float2* tops = (float2*)(gathered + SLOTS * MINE);  // [place][head - FIRST]: maximum, sum of weights
         """)
 
 
-def _keep(writer: Writer, attend: bool, group: int) -> None:
+def _keep(writer: Writer, cache: StepParts, attend: bool, group: int) -> None:
     """Where a query's elements go."""
     if not attend:
         writer.line("auto keep = [&](int head, int i, float x) { y[(kv_head * GROUP + head) * HEAD_DIM + i] = x; };")
         return
-    writer.lines("""
-        auto keep = [&](int head, int i, float x) {
+    writer.lines(f"""
+        auto keep = [&](int head, int i, float x) {{
             u32 halves = both_halves(x);
-            queries[2 * head][i] = (u16)halves;
-            queries[2 * head + 1][i] = (u16)(halves >> 16);
-        };
+            queries[2 * head][{cache.query_place}] = (u16)halves;
+            queries[2 * head + 1][{cache.query_place}] = (u16)(halves >> 16);
+        }};
     """)
     if group % 4:
         writer.lines(f"""
@@ -217,31 +209,9 @@ def _keep(writer: Writer, attend: bool, group: int) -> None:
         """)
 
 
-def _fetch(writer: Writer, rotate: bool) -> None:
-    """Copies of a tile's rows; the new position's are in the cache only if another kernel put them there."""
-    writer.lines(
-        """
-        // A tile's keys or values into shared memory. Rows that are not there become zero: a weight of zero times
-        // whatever lies there must be zero.
-        auto fetch = [&](u16* to, int stride, const u16* from, int tile) {
-            constexpr int PARTS = HEAD_DIM / 8;  // of 16 bytes
-            #pragma unroll 1
-            for (int i = lane; i < TILE * PARTS && tile < tiles; i += 32) {
-                int row = i / PARTS, part = i % PARTS * 8, p = tile * TILE + row;
-                u16* target = to + row * stride + part;
-                if (p < SEEN) copy_16_bytes(target, from + head_start + p * HEAD_DIM + part);
-                else *(uint4*)target = make_uint4(0u, 0u, 0u, 0u);
-            }
-            end_of_copies();
-        };
-        auto fetch_keys = [&](int tile) { fetch(keys, KEY_ROW, k_cache, tile); };
-        auto fetch_values = [&](int tile) { fetch(values, VALUE_ROW, v_cache, tile); };
-    """.replace("SEEN", "now" if rotate else "now + 1")
-    )
-
-
-def _rotate(writer: Writer, scale: float, eps: float) -> None:
+def _rotate(writer: Writer, cache: StepParts, scale: float, eps: float) -> None:
     """q/k norm and RoPE, a warp a head; the block that owns the new position writes the cache."""
+    append = "\n" + inset(cache.append, 12) if cache.append else ""
     writer.lines(f"""
 
         // q/k norm and RoPE: one warp a head. The new key and value belong to the block of the last position.
@@ -273,20 +243,15 @@ def _rotate(writer: Writer, scale: float, eps: float) -> None:
                         keep(head, i, a * {c_float(scale)});
                         keep(head, HEAD_DIM / 2 + i, b * {c_float(scale)});
                     }} else {{
-                        u16* shared = head == GROUP ? new_key : new_value;
-                        u16* cache = (head == GROUP ? k_cache : v_cache) + head_start + (u64)now * HEAD_DIM;
-                        shared[i] = float_to_half(a);
-                        shared[HEAD_DIM / 2 + i] = float_to_half(b);
-                        cache[i] = shared[i];
-                        cache[HEAD_DIM / 2 + i] = shared[HEAD_DIM / 2 + i];
+{inset(cache.put, 24)}
                     }}
                 }}
-            }});
+            }});{append}
         }}
     """)
 
 
-def _attend(writer: Writer, rotate: bool) -> None:
+def _attend(writer: Writer, cache: StepParts, rotate: bool) -> None:
     writer.lines("""
 
         // Columns of the products: of each query head its high and its low half, four heads a set.
@@ -305,15 +270,8 @@ def _attend(writer: Writer, rotate: bool) -> None:
         for (int tile = place; tile < tiles; tile += SLOTS) {
             wait_for_copies_but_last();
     """)
-    new_row = """
-            if (tile == tiles - 1) {{  // the new {what} is not in the cache yet
-                for (int part = lane; part < HEAD_DIM / 8; part += 32)
-                    ((uint4*)({what}s + now % TILE * {row}))[part] = ((const uint4*)new_{what})[part];
-                __syncwarp();
-            }}
-    """
     if rotate:
-        writer.lines(new_row.format(what="key", row="KEY_ROW"))
+        writer.lines(_new_row(cache, "key"))
     later = f"prefetch_tile(tile + {TILES_AHEAD + 1} * SLOTS);" if rotate else ""
     writer.lines(
         """
@@ -323,9 +281,7 @@ def _attend(writer: Writer, rotate: bool) -> None:
                 for_each<CHAINS * 4>([&](auto i) { chains[set.index][i.index / 4][i.index % 4] = 0.0f; });
             });
             for_each<STEPS>([&](auto step) {
-                uint2 low = *(const uint2*)(keys + g * KEY_ROW + step.index * 16 + 4 * t);
-                uint2 high = *(const uint2*)(keys + (g + 8) * KEY_ROW + step.index * 16 + 4 * t);
-                const u32 key[4] = {low.x, high.x, low.y, high.y};
+LOAD_KEY
                 for_each<SETS>([&](auto set) {
                     uint2 both = *(const uint2*)(queries[set.index * 8 + g] + step.index * 16 + 4 * t);
                     const u32 query[2] = {both.x, both.y};
@@ -360,14 +316,14 @@ def _attend(writer: Writer, rotate: bool) -> None:
                 });
             });
             wait_for_copies_but_last();
-    """.replace("PREFETCH_LATER", later)
+    """.replace("LOAD_KEY", inset(cache.key, 16)).replace("PREFETCH_LATER", later)
     )
     if rotate:
-        writer.lines(new_row.format(what="value", row="VALUE_ROW"))
-    writer.lines("""
+        writer.lines(_new_row(cache, "value"))
+    writer.lines(
+        """
             for_each<STEPS>([&](auto step) {
-                u32 value[4];
-                load_transposed(value, values + step.index * 16, VALUE_ROW, lane);
+LOAD_VALUE
                 for_each<SETS>([&](auto set) {
                     dot_halves(sum[set.index][step.index], value, weights[set.index], lane);
                 });
@@ -375,7 +331,12 @@ def _attend(writer: Writer, rotate: bool) -> None:
             __syncwarp();
             fetch_values(tile + SLOTS);
         }
-    """)
+    """.replace("LOAD_VALUE", inset(cache.value, 16))
+    )
+
+
+def _new_row(cache: StepParts, what: str) -> str:
+    return cache.new_row.replace("WHAT", what).replace("UPPER", what.upper())
 
 
 _SEND = """

@@ -7,8 +7,10 @@ and what runs when a pass is disabled. All of them wait before they read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ..ir.graph import Node, Value
+from .cache_types import CACHE_TYPES
 from .digits import store_digits
 from .emission import Context, Emitted
 from .weight_types import WEIGHT_TYPES, superblocks
@@ -203,22 +205,19 @@ def emit_rope(node: Node, ctx: Context) -> Emitted:
 
 
 def emit_cache_append(node: Node, ctx: Context) -> Emitted:
-    """cache_append: one thread a value; the cache is changed in place."""
+    """cache_append: the cache is changed in place."""
     kv_heads, _, head_dim = node.out.type.shape
+    held = CACHE_TYPES[node.out.type.dtype]
     kernel = _Kernel(node, ctx)
-    kernel.take("u16* cache", ctx.in_place(node.out, node.ins[0]))
+    kernel.take(f"{held.element}* cache", ctx.in_place(node.out, node.ins[0]))
     kernel.take("const float* row", ctx.read(node.ins[1]))
     kernel.take("const int* position", ctx.read(node.ins[2]))
     kernel.take("int context", ctx.ctx)
     kernel.start()
-    kernel.writer.lines(f"""
-        int at = blockIdx.x * {THREADS} + threadIdx.x;
-        if (at < {kv_heads * head_dim}) {{
-            u64 line = (u64)(at / {head_dim}) * context + from_earlier_step(position);
-            cache[line * {head_dim} + at % {head_dim}] = float_to_half(fresh(row + at));
-        }}
-    """)
-    return kernel.done(-(-kv_heads * head_dim // THREADS))
+    sizes = {"threads": THREADS, "kv_heads": kv_heads, "head_dim": head_dim, "size": kv_heads * head_dim}
+    kernel.writer.lines(held.append_alone.format(**sizes))
+    done = kernel.done(-(-kv_heads * held.append_threads(head_dim) // THREADS))
+    return replace(done, body=held.with_header(done.body))
 
 
 def emit_argmax(node: Node, ctx: Context) -> Emitted:

@@ -8,6 +8,7 @@ from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, Node, Value
 from ..ir.program import HEADER_NAME, Buffer, Kernel, Launch, Program
 from ..ir.text import print_node
+from .cache_types import CACHE_TYPES
 from .device import device_header
 from .digits import digit_bytes
 from .emission import Emitted, Factor
@@ -145,6 +146,8 @@ def param_buffer(kind: str, value: Value) -> Buffer:
         attrs = (("repack", f"repack_{dtype}"), ("file_bytes", row.file_bytes(*shape)))
     elif kind == "weight" and dtype != "f32":
         raise UnsupportedModelError(f"{value.name}: a vector of type {dtype}; kernels support f32 vectors")
+    elif len(shape) == 3 and dtype in CACHE_TYPES:
+        layout, nbytes = CACHE_TYPES[dtype].layout, CACHE_TYPES[dtype].nbytes(shape)
     else:
         layout, nbytes = "plain", value.type.size * ELEMENT_BYTES[dtype]
     return Buffer(value.name, kind, dtype, shape, layout, nbytes, kind == "state", value.name, attrs)

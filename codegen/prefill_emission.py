@@ -63,12 +63,15 @@ class PrefillKernel:
         self.parameters.append(declaration)
         self.args.append(arg)
 
-    def done(self, grid: int, shared_bytes: int = 0, bytes_read: int = 0, describe: str = "") -> Emitted:
+    def done(
+        self, grid: int, shared_bytes: int = 0, bytes_read: int = 0, describe: str = "", header: str = ""
+    ) -> Emitted:
+        """The kernel. header: text that it needs behind the prefill header."""
         head = signature(self.threads, self.parameters) + " {\n"
         body = "".join(f"    {line}\n" if line else "\n" for line in self.writer.text().splitlines())
         return Emitted(
             self.stem,
-            prefill_header() + "\n" + head + body + "}\n",
+            prefill_header() + "\n" + (header + "\n" if header else "") + head + body + "}\n",
             grid,
             self.threads,
             tuple(self.args),

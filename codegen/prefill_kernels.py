@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node
+from .cache_types import CACHE_TYPES
 from .emission import Emitted
 from .prefill_emission import PrefillContext, PrefillKernel
 from .weight_types import WEIGHT_TYPES, superblocks
-from .writer import c_float
+from .writer import c_float, inset
 
 THREADS = 256
 ATTEND_THREADS, ATTEND_ROWS = 128, 64  # as in the header
@@ -73,6 +74,7 @@ def emit_rms_norm(node: Node, ctx: PrefillContext) -> Emitted:
 def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
     """rope_append: a warp a token and head; q as halves, k and v into their caches at the span's positions."""
     kv_heads, _, head_dim = node.ins[5].type.shape
+    held = CACHE_TYPES[node.ins[5].type.dtype]
     heads = int(node.attr("heads"))  # type: ignore[arg-type]
     _check_head(head_dim)
     kernel = PrefillKernel("prefill_rope_append", THREADS)
@@ -81,8 +83,8 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
         kernel.take(f"const float* {name}", place.buffer)
     for name, value in zip(("q_norm", "k_norm"), node.ins[3:5], strict=True):
         kernel.take(f"const float* {name}", ctx.param(value))
-    kernel.take("u16* k_cache", ctx.in_place(node.outs[1], node.ins[5]))
-    kernel.take("u16* v_cache", ctx.in_place(node.outs[2], node.ins[6]))
+    kernel.take(f"{held.element}* k_cache", ctx.in_place(node.outs[1], node.ins[5]))
+    kernel.take(f"{held.element}* v_cache", ctx.in_place(node.outs[2], node.ins[6]))
     attrs = {key: value for key, value in node.attrs if key not in ("eps", "heads", "kv_heads")}
     kernel.take("const float2* rope", ctx.table("rope", ctx.ctx * head_dim * 4, head_dim=head_dim, **attrs))
     kernel.take("const int* span", "span")
@@ -91,6 +93,7 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
     kernel.take("int context", ctx.ctx)
     eps = float(node.attr("eps"))  # type: ignore[arg-type]
     rows = heads + 2 * kv_heads
+    append = "\n" + inset(held.chunk.append, 8) if held.chunk.append else ""
     kernel.writer.lines(f"""
         constexpr int HEAD_DIM = {head_dim}, HEADS = {heads}, KV_HEADS = {kv_heads};
         constexpr int PAIRS = HEAD_DIM > 64 ? HEAD_DIM / 64 : 1;
@@ -114,8 +117,7 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
         const float factor = rsqrtf(lanes_sum(squares, 32) * (1.0f / HEAD_DIM) + {c_float(eps)});
         const float* weights = head < HEADS ? q_norm : k_norm;
         u16* to = turned + (u64)token * {turned.stride} + head * HEAD_DIM;
-        const u64 line = (u64)own * context + position;
-        if (head >= HEADS) to = (head < HEADS + KV_HEADS ? k_cache : v_cache) + line * HEAD_DIM;
+{inset(held.chunk.row.replace("THREADS", str(THREADS)), 8)}
         for_each<PAIRS>([&](auto u) {{
             int i = u.index * 32 + lane;
             if (i < HEAD_DIM / 2) {{
@@ -126,12 +128,12 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
                     a = x * turn.x - y * turn.y;
                     b = y * turn.x + x * turn.y;
                 }}
-                to[i] = float_to_half(a);
-                to[HEAD_DIM / 2 + i] = float_to_half(b);
+{inset(held.chunk.put, 16)}
             }}
-        }});
+        }});{append}
     """)
-    return kernel.done(-(-ctx.tokens * rows // (THREADS // 32)), describe="a warp a token and head")
+    blocks = -(-ctx.tokens * rows // (THREADS // 32))
+    return kernel.done(blocks, describe="a warp a token and head", header=held.header())
 
 
 def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
@@ -142,12 +144,13 @@ def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
     if q.type.dtype != "f16" or node.out.type.dtype != "f16":
         raise UnsupportedModelError("attention over a sequence: kernels read halves and make halves for a product")
     group = heads // kv_heads
+    held = CACHE_TYPES[node.ins[1].type.dtype]
     blocks = -(-ctx.tokens * group // ATTEND_ROWS)
     kernel = PrefillKernel("prefill_attention", ATTEND_THREADS)
     source = ctx.place(q)
     kernel.take("const u16* q", source.buffer)
-    kernel.take("const u16* k_cache", ctx.place(node.ins[1]).buffer)
-    kernel.take("const u16* v_cache", ctx.place(node.ins[2]).buffer)
+    kernel.take(f"const {held.element}* k_cache", ctx.place(node.ins[1]).buffer)
+    kernel.take(f"const {held.element}* v_cache", ctx.place(node.ins[2]).buffer)
     kernel.take("const int* span", "span")
     y = ctx.write(node.out)
     kernel.take("u16* y", y.buffer)
@@ -156,14 +159,14 @@ def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
     kernel.writer.lines(f"""
         extern __shared__ __align__(128) u8 shared_memory[];
         const int kv_head = blockIdx.x % {kv_heads}, block = {blocks - 1} - (int)blockIdx.x / {kv_heads};
-        attend_block<{head_dim}, {group}>(
+        attend_block<{head_dim}, {group}{held.chunk.tiles}>(
             q, k_cache, v_cache, y, {source.stride}, {y.stride}, span[0], span[1], context, kv_head, block,
             {c_float(scale)}, (u16*)shared_memory);
     """)
     keys = 32 if head_dim > 128 else 64
-    shared = 2 * keys * (2 * head_dim + 24) * 2
+    shared = held.chunk_bytes(head_dim, keys)
     describe = f"{kv_heads} key/value heads x {blocks} blocks of {ATTEND_ROWS} rows, {group} query heads a token"
-    return kernel.done(kv_heads * blocks, shared, describe=describe)
+    return kernel.done(kv_heads * blocks, shared, describe=describe, header=held.header())
 
 
 def _check_head(head_dim: int) -> None:

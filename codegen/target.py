@@ -14,7 +14,8 @@ STATIC_BYTES = 128  # of static shared memory that a product has
 ATTENTION_BYTES = 50048  # that attention's block takes in all
 DEEP_BYTES = 82560  # in all of a product in the place `deep`: three superblocks of eight warps in Q6_K
 SCHEDULER_WARPS = 3  # of a product's block that one of a multiprocessor's four schedulers may have
-PLACE_REGISTERS = 72  # a thread; attention may have what is left
+WARP_REGISTERS = 512  # of 32 threads each, that a scheduler has
+PLACE_REGISTERS = 72  # a thread of a product; attention may have what is left
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,17 @@ class Target:
 
     @property
     def registers(self) -> int:
-        """The most registers a thread of a product or of attention may have, or 0 for no such bound.
+        """The most registers a thread of a product may have, or 0 for no such bound.
 
         Two products and attention share a multiprocessor. Its registers belong to its four schedulers, and a block's
         warps are dealt out to them: at most three of each product and one of attention to each.
         """
         return PLACE_REGISTERS if self.places else 0
+
+    @property
+    def attention_registers(self) -> int:
+        """The same for a thread of attention: what two products leave."""
+        return WARP_REGISTERS - 2 * SCHEDULER_WARPS * PLACE_REGISTERS if self.places else 0
 
     @property
     def most_warps(self) -> int:

@@ -43,6 +43,11 @@ class Writer:
         return "\n".join(self._lines) + "\n"
 
 
+def inset(text: str, spaces: int) -> str:
+    """Lines with this margin, to stand within other lines."""
+    return textwrap.indent(textwrap.dedent(text).strip("\n").rstrip(), " " * spaces)
+
+
 def signature(threads: int, parameters: Sequence[str], registers: int = 0) -> str:
     """The head of a kernel, parameters on as many lines as they need; KERNEL stands for its name.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,18 @@ from .errors import UsageError
 from .graph import Graph, Node, TensorType
 from .op import Machine
 from .ops import OPS
-from .types import round_i8x2
+from .types import CACHE_DTYPES, round_i8x2, round_q8
 
-CACHE_DTYPES: dict[str, type[np.floating[Any]]] = {"f16": np.float16, "f32": np.float32}
+ARRAYS_OF_CACHES: dict[str, type[np.floating[Any]]] = {"f16": np.float16, "f32": np.float32}
+ROUND_ROW = {"q8": round_q8}  # cache types whose rows are rounded to more than their array's element type
 
 
 class Interpreter:
     """Computes every value of a graph in numpy.
 
     dtype                float64 or float32: what activations are computed in.
-    cache_dtype          `f16`, as on the device, or `f32`: element type of the caches.
+    cache_dtype          element type of the caches' arrays: `f16`, as on the device (a q8 cache holds halves too, those
+                         that its integers and scales stand for), or `f32`: caches are not rounded, whatever their type.
     exact_activations    treat i8x2 vectors, and a sequence's halves, as if they were not rounded: a fused graph then
                          equals the unfused one up to the order of float operations.
     in_place_cache       write cache rows into the given arrays instead of copies, so that
@@ -34,17 +37,17 @@ class Interpreter:
         exact_activations: bool = False,
         in_place_cache: bool = False,
     ) -> None:
-        if cache_dtype not in CACHE_DTYPES:
-            raise UsageError(f"cache_dtype is {cache_dtype!r}, known are {', '.join(CACHE_DTYPES)}")
+        if cache_dtype not in ARRAYS_OF_CACHES:
+            raise UsageError(f"cache_dtype is {cache_dtype!r}, known are {', '.join(ARRAYS_OF_CACHES)}")
         self.machine = Machine(dtype, in_place_cache)
-        self.cache_dtype = CACHE_DTYPES[cache_dtype]
+        self.cache_dtype = ARRAYS_OF_CACHES[cache_dtype]
         self.exact_activations = exact_activations
 
     def array_dtype(self, type_: TensorType) -> type[np.generic]:
         """The numpy type that states and constants of this IR type have."""
         if type_.dtype == "i32":
             return np.int32
-        return self.cache_dtype if type_.dtype == "f16" else self.machine.dtype
+        return self.cache_dtype if type_.dtype in CACHE_DTYPES else self.machine.dtype
 
     def initial_state(self, graph: Graph) -> dict[str, np.ndarray]:
         """Zeros for every state, and constants that hold -1 (no end token)."""
@@ -76,7 +79,7 @@ class Interpreter:
         """Runs one node: adds its results to `known`."""
         ins = [known[value.name] for value in node.ins]
         op = OPS[node.op]
-        outs = op.compute(self.machine, ins, node.attributes)
+        outs = op.compute(self._machine_of(node), ins, node.attributes)
         names = op.result_names(len(ins), node.attributes)
         for name, value, array in zip(names, node.outs, outs, strict=True):
             if value.type.dtype == "i8x2" and not self.exact_activations:
@@ -84,6 +87,13 @@ class Interpreter:
             elif value.type.dtype == "f16" and name not in op.consumes and not self.exact_activations:
                 array = array.astype(np.float16).astype(array.dtype)
             known[value.name] = array
+
+    def _machine_of(self, node: Node) -> Machine:
+        """The machine, with the rounding of the caches that the node appends to."""
+        if self.cache_dtype is not np.float16:
+            return self.machine
+        rounding = next((ROUND_ROW[out.type.dtype] for out in node.outs if out.type.dtype in ROUND_ROW), None)
+        return self.machine if rounding is None else replace(self.machine, round_row=rounding)
 
     def results(self, graph: Graph, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The states' next values and the extra outputs, by result name."""

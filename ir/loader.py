@@ -14,7 +14,7 @@ from .ops import OPS
 from .spec import SECTIONS, Binding, ModelSpec
 from .spec_rules import LAYER, Held, Shape, Size, Weight
 from .syntax import Name, Reader, Statement
-from .types import DTYPES
+from .types import CACHE, DTYPES
 from .verify import suggestion
 from .yaml_nodes import Item, read_document
 
@@ -133,10 +133,11 @@ def _weights(part: Item) -> tuple[Weight, ...]:
 
 def _held(part: Item) -> tuple[Held, ...]:
     found = []
+    known = (*DTYPES, CACHE)
     for name, item in part.mapping().items():
         form = HELD_FORM.fullmatch(item.text())
-        if form is None or form["dtype"] not in DTYPES:
-            raise item.error(f"wanted `dtype[extent, ...]`, with a dtype of {', '.join(DTYPES)}")
+        if form is None or form["dtype"] not in known:
+            raise item.error(f"wanted `dtype[extent, ...]`, with a dtype of {', '.join(known)}")
         if LAYER in name and not name.endswith("." + LAYER):
             raise item.error("{layer} belongs at the end, behind a dot")
         found.append(Held(name, form["dtype"], _shape(item, form["shape"])))

@@ -34,7 +34,7 @@ def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
 def append(machine: Machine, cache: np.ndarray, row: np.ndarray, position: int) -> np.ndarray:
     """The cache [kv_heads, ctx, head_dim] with `row` at [:, position], rounded to its element type."""
     target = cache if machine.in_place_cache else cache.copy()
-    target[:, position] = row
+    target[:, position] = row if machine.round_row is None else machine.round_row(row)
     return target
 
 

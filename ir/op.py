@@ -72,10 +72,14 @@ Meaning = Callable[["Machine", list[np.ndarray], Attributes], tuple[np.ndarray, 
 
 @dataclass(frozen=True)
 class Machine:
-    """How the interpreter computes: see `ir.interpret.Interpreter`."""
+    """How the interpreter computes: see `ir.interpret.Interpreter`.
+
+    round_row: what a cache holds instead of a row [kv_heads, head_dim], before its array's own element type rounds it.
+    """
 
     dtype: type[np.floating[Any]] = np.float64
     in_place_cache: bool = False
+    round_row: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)

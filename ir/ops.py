@@ -51,7 +51,7 @@ UNFUSED = (
         "cache_append",
         ("cache", "row", "position"),
         ("cache",),
-        "the cache with the row, as f16, at [:, position]",
+        "the cache with the row, rounded to its type, at [:, position]",
         consumes=("cache",),
     ),
     row(

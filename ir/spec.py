@@ -14,6 +14,7 @@ from .op import TypeMismatch
 from .ops import OPS
 from .spec_rules import Held, Size, Weight, shown
 from .syntax import Name, Statement, underlined
+from .types import CACHE, CACHE_DTYPES
 
 SECTIONS = ("before", "layer", "after")
 DEFAULT_CONTEXT = 4096
@@ -46,15 +47,23 @@ class ModelSpec:
         start, length = (found.start(), len(at)) if found else (0, len(text))
         return SpecError(f"{self.file}:{line}: {message}\n{underlined(text, start, length)}")
 
-    def bind(self, metadata: Mapping[str, object], tensors: Mapping[str, TensorType], ctx: int | None) -> Binding:
+    def bind(
+        self,
+        metadata: Mapping[str, object],
+        tensors: Mapping[str, TensorType],
+        ctx: int | None,
+        kv_type: str = CACHE_DTYPES[0],
+    ) -> Binding:
         """Takes sizes and tensors from a file's header.
 
         metadata: GGUF keys to Python values. tensors: names to types, shapes as [rows, columns].
         ctx: positions that the caches hold; None: the model's context or 4096, the smaller one.
+        kv_type: element type of the caches, of `types.CACHE_DTYPES`.
         UnsupportedModelError: another architecture, an element type without kernels, a rope
         scaling or a tensor that the spec does not know. ModelFileError: a key or tensor that is
-        missing or does not fit. UsageError: a ctx below 1 or above the model's context.
+        missing or does not fit. UsageError: a ctx below 1 or above the model's context, an unknown kv_type.
         """
+        check_cache_type(kv_type)
         self._check_architecture(metadata)
         for key, allowed in self.expected.items():
             value = metadata.get(key, allowed[0])
@@ -87,7 +96,7 @@ class ModelSpec:
         for name in tensors:
             if name not in used:
                 raise UnsupportedModelError(f"{name}: the {self.architecture} step does not use this tensor")
-        return Binding(sizes, int(sizes["layers"]), limit, names, used)
+        return Binding(sizes, int(sizes["layers"]), limit, names, used, kv_type)
 
     def _check_architecture(self, metadata: Mapping[str, object]) -> None:
         if "general.architecture" not in metadata:
@@ -124,7 +133,7 @@ class Binding:
     """A spec's sizes and tensors for one file.
 
     sizes: by name; `context` is the number of positions asked for. layers: how many.
-    context_limit: the model's own context. tensors: name -> type of every tensor that is used.
+    context_limit: the model's own context. tensors: name -> type of every tensor that is used. kv_type: of the caches.
     """
 
     sizes: dict[str, Number]
@@ -132,6 +141,13 @@ class Binding:
     context_limit: int
     names: dict[tuple[str, int | None], str]
     tensors: dict[str, TensorType]
+    kv_type: str = CACHE_DTYPES[0]
+
+
+def check_cache_type(kv_type: str) -> None:
+    """UsageError unless a KV cache may have this type."""
+    if kv_type not in CACHE_DTYPES:
+        raise UsageError(f"--kv-type {kv_type}: choose one of {', '.join(CACHE_DTYPES)}")
 
 
 def checked_context(ctx: int | None, limit: int) -> int:
@@ -196,7 +212,8 @@ class _Builder:
         held = [("state", held) for held in self.spec.states] + [("constant", held) for held in self.spec.constants]
         rest = []
         for kind, item in held:
-            type_ = TensorType(item.dtype, item.shape.bind(self.binding.sizes))
+            dtype = self.binding.kv_type if item.dtype == CACHE else item.dtype
+            type_ = TensorType(dtype, item.shape.bind(self.binding.sizes))
             each: Sequence[int | None] = range(self.binding.layers) if item.per_layer else (None,)
             rest += [Param(kind, Value(item.param_name(layer), type_)) for layer in each]
         return (*weights, *rest)

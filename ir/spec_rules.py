@@ -109,7 +109,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class Held:
-    """A state or constant: element type and shape. A name with `{layer}` means one a layer."""
+    """A state or constant: element type and shape. A name with `{layer}` means one a layer.
+
+    dtype: one of `types.DTYPES`, or `cache`: the type that binding chooses for the KV cache.
+    """
 
     name: str
     dtype: str

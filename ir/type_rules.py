@@ -5,7 +5,7 @@ from __future__ import annotations
 from .graph import TensorType
 from .op import F32_ONE, I32_ONE, Attributes, TypeMismatch, Types
 from .sampling import PEAK_SPAN, SAMPLER_WORDS
-from .types import I8X2_GROUP, WEIGHT_DTYPES
+from .types import CACHE_DTYPES, I8X2_GROUP, WEIGHT_DTYPES
 
 Results = tuple[TensorType, ...]
 
@@ -53,15 +53,15 @@ def rope(t: Types, attrs: Attributes) -> Results:
 
 def cache_append(t: Types, attrs: Attributes) -> Results:
     kv_heads, head_dim = t.expect("row", "f32", (None, None))
-    t.expect("cache", "f16", (kv_heads, None, head_dim))
+    t.expect("cache", CACHE_DTYPES, (kv_heads, None, head_dim))
     t.scalar("position")
     return (t["cache"],)
 
 
 def attention(t: Types, attrs: Attributes) -> Results:
     heads, head_dim = t.expect("q", "f32", (None, None))
-    shape = t.expect("k_cache", "f16", (None, None, head_dim))
-    t.expect("v_cache", "f16", shape)
+    shape = t.expect("k_cache", CACHE_DTYPES, (None, None, head_dim))
+    t.expect("v_cache", t["k_cache"].dtype, shape)
     t.scalar("position")
     if heads % shape[0]:
         raise t.fail("q", f"a number of heads that {shape[0]} key/value heads divide")
@@ -168,7 +168,7 @@ def embed_norm(t: Types, attrs: Attributes) -> Results:
 
 
 def rope_append(t: Types, attrs: Attributes) -> Results:
-    kv_heads, _, head_dim = t.expect("k_cache", "f16", (attrs["kv_heads"], None, None))
+    kv_heads, _, head_dim = t.expect("k_cache", CACHE_DTYPES, (attrs["kv_heads"], None, None))
     heads = attrs["heads"]
     if heads < 1 or heads % kv_heads:
         raise TypeMismatch(f"{heads} heads are no multiple of {kv_heads} key/value heads")
@@ -179,7 +179,7 @@ def rope_append(t: Types, attrs: Attributes) -> Results:
     t.vector("v", kv_heads * head_dim)
     t.vector("q_norm", head_dim)
     t.vector("k_norm", head_dim)
-    t.expect("v_cache", "f16", t["k_cache"].shape)
+    t.expect("v_cache", t["k_cache"].dtype, t["k_cache"].shape)
     t.scalar("position")
     return f32(heads, head_dim), t["k_cache"], t["v_cache"]
 

@@ -1,4 +1,4 @@
-"""Element types: which exist, what family of kernels reads them, and the i8x2 activation."""
+"""Element types: which exist, what family of kernels reads them, the i8x2 activation and the q8 cache."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ BLOCK_SIZE = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q8_0": 32, "f16": 1, "bf16
 
 # What a step computes with: f32 vectors, quantized vectors, token ids and counters, the cache.
 ACTIVATION_DTYPES = ("f32", "i8x2")
-DTYPES = (*WEIGHT_DTYPES, "i8x2", "i32")
+DTYPES = (*WEIGHT_DTYPES, "i8x2", "q8", "i32")
+
+# What a KV cache may hold, the default first. A spec declares its caches as `cache[...]`; binding chooses the type.
+CACHE_DTYPES = ("f16", "q8")
+CACHE = "cache"
 
 I8X2_GROUP = 16
 """Values that share one scale in an i8x2 vector."""
+
+Q8_GROUP = 32
+"""Neighbouring values of a head that share one scale in a q8 cache; the last group of a head may be shorter."""
 
 
 def family(dtype: str) -> str:
@@ -53,3 +60,38 @@ def round_i8x2(values: np.ndarray) -> np.ndarray:
     high, low, scale = quantize_i8x2(values)
     whole = 254.0 * high.astype(np.float64) + low.astype(np.float64)
     return (whole * scale.astype(np.float64)[:, None]).reshape(values.shape).astype(values.dtype)
+
+
+def quantize_q8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a q8 cache, the way the kernels make them (same float32 order; the numbers of ggml's q8_0).
+
+    rows: float[..., columns]. Returns (integers int8[..., columns], scales f16[..., groups of 32 columns]): a scale is
+    the group's largest magnitude over 127, and an integer the value over that scale, to nearest.
+    """
+    values = np.asarray(rows, dtype=np.float32)
+    columns = values.shape[-1]
+    whole = [(0, 0)] * (values.ndim - 1) + [(0, -columns % Q8_GROUP)]
+    groups = np.pad(values, whole).reshape(*values.shape[:-1], -1, Q8_GROUP)
+    amax = np.abs(groups).max(axis=-1)
+    # As in i8x2: 127 / amax must not overflow. Its scale would be zero as a half anyway.
+    alive = amax >= np.finfo(np.float32).tiny * 128
+    inverse = np.where(alive, np.float32(127) / np.where(alive, amax, np.float32(1)), np.float32(0))
+    integers = np.clip(np.rint(groups * inverse[..., None]), -127, 127).astype(np.int8)
+    with np.errstate(over="ignore"):
+        scales = (amax * np.float32(1 / 127)).astype(np.float16)
+    return integers.reshape(*values.shape[:-1], -1)[..., :columns], scales
+
+
+def widen_q8(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """What q8 rows stand for, float16[..., columns]: an integer times its scale, rounded to a half.
+
+    The half belongs to the meaning: it is what kernels multiply, on tensor cores that take no wider operand.
+    """
+    wide = np.repeat(scales.astype(np.float32), Q8_GROUP, axis=-1)[..., : integers.shape[-1]]
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (integers.astype(np.float32) * wide).astype(np.float16)
+
+
+def round_q8(rows: np.ndarray) -> np.ndarray:
+    """The values that a q8 cache holds instead of `rows`: float16, same shape."""
+    return widen_q8(*quantize_q8(rows))

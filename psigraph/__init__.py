@@ -43,6 +43,7 @@ def load(
     backend: str = "auto",
     *,
     ctx: int | None = None,
+    kv_type: str = "f16",
     device: int = 0,
     sampling: bool = False,
     outputs: Sequence[str] = (),
@@ -57,6 +58,7 @@ def load(
     backend   "cuda"; "cpu": numpy, slow and exact; "host": the generated kernels on this machine's CPU; "auto": a GPU
               if one works, else "cpu".
     ctx       positions that the KV cache holds; None: 4096, or the model's limit if that is less.
+    kv_type   "f16", or "q8": keys and values in 8 bits, in about half the memory; what it costs: docs/performance.md.
     device    number of the GPU.
     sampling  be ready to draw tokens by chance; without it the first request that does loads the model anew.
     outputs   ("logits",): be ready to give logits back; without it the first `logits` loads the model anew.
@@ -73,6 +75,7 @@ def load(
         path,
         backend,
         ctx=ctx,
+        kv_type=kv_type,
         device=device,
         sampling=sampling,
         outputs=outputs,
@@ -89,11 +92,12 @@ def compile(
     arches: Sequence[str] = (),
     disable: Sequence[str] = (),
     ctx: int | None = None,
+    kv_type: str = "f16",
 ) -> Compilation:
     """A model file through every stage to machine code, and into the folder `out` if one is named.
 
     arches: such as "sm_90a"; none: this machine's GPU, or sm_90a. disable: passes to leave out. ctx: positions that
-    the KV cache holds. Errors are those of `psigraph.ir.errors`.
+    the KV cache holds, kv_type: their type, "f16" or "q8". Errors are those of `psigraph.ir.errors`.
     """
     from .compilation import (
         compile_stages,
@@ -105,7 +109,7 @@ def compile(
     )
 
     targets = [gpu_target(arch) for arch in arches] or [default_target()]
-    compilation = compile_stages(stages_of(source_of_file(path, ctx), disable), targets)
+    compilation = compile_stages(stages_of(source_of_file(path, ctx, kv_type), disable), targets)
     if out is not None:
         write_compilation(compilation, out)
     return compilation

@@ -6,10 +6,10 @@ from statistics import median
 from typing import Any
 
 from .ir.errors import UsageError
-from .report import validate_report
+from .report import kv_type_of, validate_report
 
 # What must be equal for two rates to be compared at all.
-WORK = ("model_size", "prompt_tokens", "max_new_tokens", "backend", "decode_row", "depth")
+WORK = ("model_size", "prompt_tokens", "max_new_tokens", "backend", "decode_row", "depth", "kv_type")
 
 
 def check_baseline(before: dict[str, Any]) -> None:
@@ -21,14 +21,15 @@ def check_baseline(before: dict[str, Any]) -> None:
 
 def check_work(before: dict[str, Any], known: dict[str, Any]) -> None:
     """UsageError where `before` is of other work than `known` (keys of WORK): asked before anything is measured."""
+    there = {**before, "kv_type": kv_type_of(before)}
     for key, value in known.items():
-        if before.get(key) != value:
-            raise UsageError(f"--baseline: {key} is {before.get(key)} there and {value} here; not the same work")
+        if there.get(key) != value:
+            raise UsageError(f"--baseline: {key} is {there.get(key)} there and {value} here; not the same work")
 
 
 def compare_reports(now: dict[str, Any], before: dict[str, Any]) -> list[str]:
     """Lines that say how much faster or slower `now` is; UsageError names what differs in the work done."""
-    check_work(before, {key: now.get(key) for key in WORK})
+    check_work(before, {key: now.get(key) for key in WORK} | {"kv_type": kv_type_of(now)})
     gpus = [report["environment"].get("gpu") for report in (before, now)]
     lines = [] if gpus[0] == gpus[1] else [f"  measured on different machines: {gpus[0]} then, {gpus[1]} now"]
     rates = [[float(run["decode_tokens_per_second"]) for run in report["runs"]] for report in (before, now)]

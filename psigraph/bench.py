@@ -106,6 +106,7 @@ def prepared(
     backend: str = "auto",
     *,
     ctx: int | None = None,
+    kv_type: str = "f16",
     device: int = 0,
     graph: bool = True,
     disable: Sequence[str] = (),
@@ -150,6 +151,7 @@ def prepared(
     with open_session(
         *(path, backend, device, ctx, outputs, graph, disable),
         positions=positions,
+        kv_type=kv_type,
         prefill=prefill,
         admit=admit,
         check=check,
@@ -267,6 +269,7 @@ def measure(
         kernels=kernels,
         decode_row=work.mode,
         depth=work.depth,
+        kv_type=session.kv_type,
     )
 
 

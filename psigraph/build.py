@@ -15,7 +15,8 @@ from .ir.errors import ModelFileError, UnsupportedModelError
 from .ir.graph import Graph, TensorType
 from .ir.loader import available_specs, load_spec
 from .ir.program import Program
-from .ir.spec import Binding, ModelSpec
+from .ir.spec import Binding, ModelSpec, check_cache_type
+from .ir.types import CACHE_DTYPES
 from .passes.pipeline import PassReport, run_pipeline
 from .passes.use_sampler import use_sampler
 from .runtime.gguf_file import GgufFile, open_gguf
@@ -81,19 +82,24 @@ def find_spec(metadata: Mapping[str, Any]) -> ModelSpec:
 
 
 def open_model(
-    path: str | os.PathLike[str], ctx: int | None = None, admit: Callable[[GgufFile], None] | None = None
+    path: str | os.PathLike[str],
+    ctx: int | None = None,
+    admit: Callable[[GgufFile], None] | None = None,
+    kv_type: str = CACHE_DTYPES[0],
 ) -> Model:
     """Open a model file and check every key and tensor against its spec; reads no weights.
 
+    ctx, kv_type: of the caches, see `ModelSpec.bind`.
     admit: called with the open file before anything is asked of its spec, so that a policy's refusal comes first.
     """
+    check_cache_type(kv_type)
     file = open_gguf(path)
     try:
         if admit is not None:
             admit(file)
         spec = find_spec(file.metadata)
         types = {name: TensorType(info.dtype, info.shape) for name, info in file.tensors.items()}
-        return Model(file, spec, spec.bind(file.metadata, types, ctx))
+        return Model(file, spec, spec.bind(file.metadata, types, ctx, kv_type))
     except BaseException:
         file.close()
         raise

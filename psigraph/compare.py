@@ -17,7 +17,7 @@ from .comparators import Comparator, Job, NotRun
 from .gpu_state import GpuState
 from .ir.errors import PsigraphError, UsageError
 from .policy import Policy
-from .report import merge_reports, validate_report
+from .report import KV_TYPES, kv_type_of, merge_reports, validate_report
 
 # run_bench(model path, prompt ids, max_new_tokens, backend) -> a report of one warm run
 RunBench = Callable[[str, Sequence[int], int, str], Mapping[str, Any]]
@@ -154,6 +154,8 @@ def _check_ours(report: Mapping[str, Any], job: Job) -> None:
         "max_new_tokens": job.max_new_tokens,
         "backend": job.backend,
     }
+    if kv_type_of(report) != KV_TYPES[0]:  # what the tools beside it hold
+        raise UsageError(f"psigraph bench: kv_type is {kv_type_of(report)}, comparisons are of {KV_TYPES[0]} caches")
     for key, value in asked.items():
         if report[key] != value:
             raise UsageError(f"psigraph bench: {key} is {report[key]}, asked for was {value}")

@@ -28,6 +28,7 @@ from .ir.graph import Graph, TensorType
 from .ir.program import HEADER_NAME, Program
 from .ir.spec import Binding, ModelSpec
 from .ir.text import print_graph
+from .ir.types import CACHE_DTYPES
 from .passes.pipeline import PassReport
 from .runtime.compiler import CompiledKernel, compile_program
 from .runtime.kernel_cache import KernelCache, default_cache_dir
@@ -83,21 +84,26 @@ class Compilation:
     built: tuple[Built, ...]
 
 
-def source_of_file(path: str | os.PathLike[str], ctx: int | None = None) -> Source:
+def source_of_file(path: str | os.PathLike[str], ctx: int | None = None, kv_type: str = CACHE_DTYPES[0]) -> Source:
     """The header of a model file; raises what `build.open_model` raises."""
-    with open_model(path, ctx) as model:
+    with open_model(path, ctx, kv_type=kv_type) as model:
         name = str(model.file.metadata.get("general.name") or Path(path).name)
         return Source(name, model.spec, model.binding)
 
 
 def source_of_size(
-    size: str, quant: str, ctx: int | None = None, untied: bool = False, layers: int | None = None
+    size: str,
+    quant: str,
+    ctx: int | None = None,
+    untied: bool = False,
+    layers: int | None = None,
+    kv_type: str = CACHE_DTYPES[0],
 ) -> Source:
     """The shapes of a published size, such as "1.7b", in a block mix, such as "q4_k_m"; needs no file."""
     metadata, tensors = synth_model(size, quant, untied, layers)
     spec = find_spec(metadata)
     types = {name: TensorType(dtype, shape) for name, (dtype, shape) in tensors.items()}
-    return Source(str(metadata["general.name"]), spec, spec.bind(metadata, types, ctx))
+    return Source(str(metadata["general.name"]), spec, spec.bind(metadata, types, ctx, kv_type))
 
 
 def stages_of(source: Source, disable: Sequence[str] = ()) -> Stages:

@@ -23,6 +23,7 @@ from .matrix import Source as ReportSource
 from .matrix import problems_of, row_of, validate_matrix
 from .matrix_view import block_of, markdown
 from .policy import Policy, admit, policy_from_text
+from .report import KV_TYPES
 
 BENCHMARKS = Path("fixtures/medpsy/benchmarks")
 MATRIX = BENCHMARKS / "medpsy_comparator_matrix_20260511_local.json"
@@ -266,7 +267,8 @@ def _admission_problem(policy: Policy, case: Mapping[str, Any]) -> str:
 
 def _citation_problems(root: Path, name: Path, text: str) -> list[str]:
     problems = []
-    for figure, link in _CITED.findall(text):
+    for match in _CITED.finditer(text):
+        figure, link = match.groups()
         path = (root / name).parent / link
         if not path.is_file():
             problems.append(f"{name}: cites {link}, which is not there")
@@ -276,6 +278,10 @@ def _citation_problems(root: Path, name: Path, text: str) -> list[str]:
         rates = {row.get(f"{kind}_decode_tokens_per_second") for kind in ("mean", "median", "best_warm")}
         if figure.replace(",", "") not in {f"{rate:.{decimals}f}" for rate in rates if rate}:
             problems.append(f"{name}: cites {figure} tok/s, which is no rate of {link}")
+        held = str(row.get("kv_type", KV_TYPES[0]))
+        line = text[text.rfind("\n", 0, match.start()) + 1 :].partition("\n")[0]
+        if held != KV_TYPES[0] and held not in line.replace(link, ""):
+            problems.append(f"{name}: cites {figure} tok/s of a {held} cache and does not say so in that line")
     return problems
 
 

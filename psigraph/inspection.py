@@ -11,6 +11,7 @@ from typing import Any
 
 from .artifact import artifact_record, model_size, tensor_types
 from .build import Model, open_model
+from .codegen.cache_types import CACHE_TYPES
 from .codegen.lower import lower
 from .codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
 from .codegen.target import Target, target_for
@@ -18,6 +19,7 @@ from .compilation import PROGRAM_FILE, Built, Source, default_target, program_re
 from .ir.errors import ModelFileError, UsageError
 from .ir.graph import Graph, layer_of
 from .ir.text import parse_graph, print_graph
+from .ir.types import CACHE_DTYPES
 from .json_file import read_json
 from .passes.prefill import prefill_graph
 from .policy import tier_of
@@ -101,16 +103,17 @@ class Inspected:
             raise UsageError(f"--layer {layer}: the model has layers 0 to {last}")
 
 
-def inspect_path(path: Path, target: Target | None = None) -> Inspected:
+def inspect_path(path: Path, target: Target | None = None, kv_type: str = CACHE_DTYPES[0]) -> Inspected:
     """A model file, or a folder that `psigraph compile` wrote.
 
-    target: for what a model file's kernels are written; None: this machine's GPU, or sm_90a.
+    target: for what a model file's kernels are written; None: this machine's GPU, or sm_90a. kv_type: the type of its
+    KV cache.
     """
-    return _folder(path) if path.is_dir() else _file(path, target)
+    return _folder(path) if path.is_dir() else _file(path, target, kv_type)
 
 
-def _file(path: Path, target: Target | None) -> Inspected:
-    with open_model(path) as model:
+def _file(path: Path, target: Target | None, kv_type: str) -> Inspected:
+    with open_model(path, kv_type=kv_type) as model:
         stages = stages_of(Source(path.name, model.spec, model.binding))
         facts = _model_facts(model)
     graphs = dict(stages.graphs)
@@ -133,6 +136,12 @@ def _file(path: Path, target: Target | None) -> Inspected:
     )
 
 
+def cache_bytes(graph: Graph) -> int:
+    """Bytes that one position takes in all of a step's caches."""
+    caches = [param.type for param in graph.params if param.kind == "state" and len(param.type.shape) == 3]
+    return sum(type_.shape[0] * CACHE_TYPES[type_.dtype].position_bytes(type_.shape[2]) for type_ in caches)
+
+
 def _model_facts(model: Model) -> dict[str, str]:
     record = artifact_record(model)
     sizes = model.binding.sizes
@@ -144,6 +153,7 @@ def _model_facts(model: Model) -> dict[str, str]:
         "weights": f"{tier_of(tensor_types(model.file))}: {mix}" + (", synthetic" if record["synthetic"] else ""),
         "sizes": ", ".join(f"{name} {value}" for name, value in sizes.items() if isinstance(value, int)),
         "context": f"{model.binding.context_limit} at most",
+        "cache": f"{model.binding.kv_type}, {cache_bytes(model.graph()):,} bytes a position in all layers",
     }
 
 

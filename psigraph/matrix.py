@@ -80,6 +80,7 @@ def row_of(source: Source) -> dict[str, Any]:
             "work_per_token": content.get("work_per_token", ""),
             "decode_row": content["decode_row"],
             "depth": content["depth"],
+            "kv_type": report.kv_type_of(content),
         }
         if roofline and roofline["valid"]:
             row["share_of_read_bandwidth"] = roofline["share_of_read_bandwidth"]
@@ -335,6 +336,9 @@ def _verdict(
 
 def unlike(left: Mapping[str, Any], right: Mapping[str, Any], least_repeats: int = 1) -> str:
     """Why two measured rows may not stand side by side, "" where they may."""
+    for row in (left, right):
+        if row.get("kv_type", report.KV_TYPES[0]) != report.KV_TYPES[0]:
+            return f"{row['runtime']}: its KV cache is {row['kv_type']}, comparisons are of {report.KV_TYPES[0]} caches"
     for key in ("artifact_sha256", "gpu", "backend", "max_new_tokens", "depth"):
         if left.get(key) != right.get(key):
             return f"{right['runtime']}: {key} differs ({left.get(key)} and {right.get(key)})"

@@ -37,7 +37,7 @@ def markdown(matrix: Mapping[str, Any]) -> str:
     for row in matrix["rows"]:
         name = f"{row['runtime']} {row['version']}".strip()
         if row.get("decode_row"):
-            name += f" ({row['decode_row']})"
+            name += f" ({row['decode_row']}, {row['kv_type']} cache)"
         ref = row["report_ref"]
         cells = (
             name,
@@ -92,7 +92,7 @@ def svg(matrix: Mapping[str, Any]) -> str:
     for index, row in enumerate(rows):
         y = head + step * index
         rate = row["mean_decode_tokens_per_second"]
-        kind = f", {row['decode_row']}" if row.get("decode_row") else ""
+        kind = f", {row['decode_row']}, {row['kv_type']} cache" if row.get("decode_row") else ""
         label = f"{row['runtime']}{kind}: {(row['gpu'] or row['backend']).replace('NVIDIA ', '')}, {_file(row, matrix)}"
         share = row.get("share_of_read_bandwidth")
         note = f"{rate:,.2f}" + (f" ({share:.0%} of read bandwidth)" if share else "")

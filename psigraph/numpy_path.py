@@ -44,7 +44,7 @@ class NumpyEngine:
     graph       with every weight of it in the model's file.
     end_tokens  ids that set the stop flag, at most as many as the graph's constant holds.
     dtype       float64 or float32; None: float64 for at most 2**28 weights, else float32.
-    cache_dtype "f16" as on the device, or "f32".
+    cache_dtype "f16": caches are rounded as on the device, to the type that the graph gives them, or "f32": not at all.
     progress    (bytes read, bytes in all), while weights are dequantized.
     constants   arrays for the graph's constants beside `end_tokens`, by name.
 

@@ -24,6 +24,7 @@ __all__ = [
     "build_report",
     "check_writable",
     "json_text",
+    "kv_type_of",
     "merge_reports",
     "read_json",
     "validate_report",
@@ -36,6 +37,9 @@ DECODE_ROWS = {
     "chained": "the device's argmax feeds the next step; tokens reach the host in chunks; no logits read back",
     "forced": "given token ids; a host synchronization and full logits on the host for every token",
 }
+# Types of KV cache; a report that names none is older than the choice. Claims and comparators speak of the first.
+KV_TYPES = ("f16", "q8", "f32")
+_CACHE = re.compile(r"(\w+) cache\b")
 # Figures are stored as computed, so that only the printing of floats can differ.
 _RELATIVE = 1e-9
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,6 +62,7 @@ def build_report(
     kernels: Sequence[Mapping[str, Any]] = (),
     decode_row: str = "chained",
     depth: int = 0,
+    kv_type: str = KV_TYPES[0],
     session: str | None = None,
     created_at: str | None = None,
 ) -> dict[str, Any]:
@@ -70,7 +75,8 @@ def build_report(
     ...}; sha256, admitted and tier are added. timings: {load_ms, compile_ms, capture_ms, first_token_ms, ...}.
     roofline: {read_bandwidth_gb_s, bytes_per_token} measured in this process, or None (no GPU); share and
     validity are added. kernels: [{name, us, bytes}]. decode_row: "chained" or "forced". depth: positions filled
-    before the first measured token. session: an identifier shared by all rows measured interleaved.
+    before the first measured token. kv_type: what the KV cache held, as the environment says it too. session: an
+    identifier shared by all rows measured interleaved.
 
     Raises UsageError for a backend that this environment may not claim and for runs without tokens or time.
     """
@@ -80,6 +86,8 @@ def build_report(
         raise UsageError("backend 'cuda': kernels ran on a stand-in driver; report them as backend 'host'")
     if decode_row not in DECODE_ROWS:
         raise UsageError(f"decode_row {decode_row!r}: use one of {', '.join(DECODE_ROWS)}")
+    if kv_type not in KV_TYPES or environment.get("kv_type", kv_type) != kv_type:
+        raise UsageError(f"kv_type {kv_type!r}: use one of {', '.join(KV_TYPES)}, the one that the environment names")
     if not runs:
         raise UsageError("runs: a report needs at least one")
     engine = ENGINES[backend]
@@ -97,6 +105,7 @@ def build_report(
         "decode_row": decode_row,
         "work_per_token": DECODE_ROWS[decode_row],
         "depth": depth,
+        "kv_type": kv_type,
         "prompt_tokens": [int(token) for token in prompt_ids],
         "max_new_tokens": max_new_tokens,
         "end_tokens_ignored": True,
@@ -137,6 +146,9 @@ def merge_reports(reports: Sequence[Mapping[str, Any]], session: str | None = No
         for key in ("backend", "prompt_tokens", "max_new_tokens", "decode_row", "depth", "model_size"):
             if other[key] != first[key]:
                 raise UsageError(f"{key}: reports of unlike work cannot be merged ({first[key]} and {other[key]})")
+        if kv_type_of(other) != kv_type_of(first):
+            types = f"{kv_type_of(first)} and {kv_type_of(other)}"
+            raise UsageError(f"kv_type: reports of unlike work cannot be merged ({types})")
         for key in ("gpu", "sha256"):
             part = "artifact" if key == "sha256" else "environment"
             if other[part].get(key) != first[part].get(key):
@@ -161,8 +173,14 @@ def merge_reports(reports: Sequence[Mapping[str, Any]], session: str | None = No
         kernels=first["kernels"],
         decode_row=first["decode_row"],
         depth=first["depth"],
+        kv_type=kv_type_of(first),
         session=session or first.get("session"),
     )
+
+
+def kv_type_of(report: Mapping[str, Any]) -> str:
+    """The type of the KV cache that a report is about."""
+    return str(report.get("kv_type", KV_TYPES[0]))
 
 
 def validate_report(report: Mapping[str, Any], policy: Policy | None = None) -> list[str]:
@@ -175,6 +193,7 @@ def validate_report(report: Mapping[str, Any], policy: Policy | None = None) -> 
     if problems:
         return problems
     problems += _engine_problems(report)
+    problems += _cache_problems(report)
     problems += _run_problems(report)
     problems += _artifact_problems(report, policy)
     problems += _roofline_problems(report, policy)
@@ -319,6 +338,16 @@ def _engine_problems(report: Mapping[str, Any]) -> list[str]:
     if report["decode_row"] not in DECODE_ROWS:
         problems.append(f"decode_row: {report['decode_row']} is neither chained nor forced")
     return problems
+
+
+def _cache_problems(report: Mapping[str, Any]) -> list[str]:
+    """Wherever a report speaks of the KV cache it must name one type: a row in 8 bits may not pass for another."""
+    found, environment = kv_type_of(report), report["environment"]
+    said = [str(environment["kv_type"])] if "kv_type" in environment else []
+    said += _CACHE.findall(str(environment.get("arithmetic", "")))
+    if found not in KV_TYPES:
+        return [f"kv_type: {found} is none of {', '.join(KV_TYPES)}"]
+    return [f"kv_type: is {found}, but the environment says {other}" for other in said if other != found]
 
 
 def _run_problems(report: Mapping[str, Any]) -> list[str]:

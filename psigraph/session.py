@@ -24,6 +24,8 @@ from .codegen.target import Target, arch_of_capability, target_for
 from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
+from .ir.spec import check_cache_type
+from .ir.types import CACHE_DTYPES
 from .passes.use_sampler import SAMPLER
 from .prefill import check_prefill, prefill_maker
 from .report import ENGINES
@@ -111,6 +113,11 @@ class Session:
     def position(self) -> int:
         """Positions that are taken."""
         return self.engine.position
+
+    @property
+    def kv_type(self) -> str:
+        """The type of the KV cache: "f16" or "q8"; in numpy also "f32", a cache that is not rounded."""
+        return str(self.facts["kv_type"])
 
     @property
     def vocabulary(self) -> int:
@@ -216,6 +223,7 @@ def open_session(
     *,
     positions: Positions = None,
     shapes: dict[str, dict[str, int]] | None = None,
+    kv_type: str = CACHE_DTYPES[0],
     cache_dtype: str = "f16",
     sampling: bool = False,
     prefill: str = "auto",
@@ -236,7 +244,8 @@ def open_session(
     disable      passes to leave out.
     positions    how many positions the caller is going to fill, or a function that says so for the opened model.
     shapes       launch shapes, see `codegen.lower.lower`; None: those that `psigraph tune` kept for this GPU.
-    cache_dtype  "f16" or "f32"; f32 in numpy only.
+    kv_type      "f16", or "q8": about half the memory of the KV cache, its keys and values rounded to 8 bits.
+    cache_dtype  "f16", or "f32": a cache that is not rounded, in numpy only.
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
     prefill      how prompts go in, see `prefill`: "own" kernels by chunks, a "library"'s products, "off": token by
                  token, "auto": the library on a GPU that has one, else own kernels. In numpy always token by token.
@@ -249,8 +258,9 @@ def open_session(
     """
     if backend not in BACKENDS:
         raise UsageError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
-    if cache_dtype != "f16" and backend != "cpu":
-        raise UsageError(f"a {cache_dtype} cache: only the backend cpu has it")
+    check_cache_type(kv_type)
+    if cache_dtype != "f16" and (backend != "cpu" or kv_type != CACHE_DTYPES[0]):
+        raise UsageError(f"a {cache_dtype} cache: only the backend cpu has it, without a --kv-type of another")
     if device and backend in ("cpu", "host"):
         why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
         raise UsageError(f"--device {device}: {why}; leave it out, or take --backend cuda")
@@ -262,7 +272,7 @@ def open_session(
         model: Model | None = None
         try:
             began = time.perf_counter()
-            model = open_model_for(path, ctx, positions, admit, filling)
+            model = open_model_for(path, ctx, positions, admit, filling, kv_type)
             if check is not None:
                 check(model)
             opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
@@ -281,12 +291,13 @@ def open_model_for(
     positions: Positions = None,
     admit: Callable[[GgufFile], None] | None = None,
     filling: Filling = Filling(),
+    kv_type: str = CACHE_DTYPES[0],
 ) -> Model:
     """A model file whose caches will hold `positions` (see `open_session`); reads no weights.
 
     UsageError if they cannot, naming what would work.
     """
-    model = open_model(path, ctx, admit)
+    model = open_model(path, ctx, admit, kv_type)
     try:
         if callable(positions):
             positions = positions(model)
@@ -300,7 +311,7 @@ def open_model_for(
         if ctx is not None:
             raise UsageError(f"--ctx {ctx}: {filling.what} fill {positions} positions; give at least that many")
         types = {name: TensorType(info.dtype, info.shape) for name, info in model.file.tensors.items()}
-        return Model(model.file, model.spec, model.spec.bind(model.file.metadata, types, positions))
+        return Model(model.file, model.spec, model.spec.bind(model.file.metadata, types, positions, kv_type))
     except BaseException:
         model.file.close()
         raise
@@ -426,7 +437,8 @@ class _Opener:
             "multiprocessors": facts.sm_count,
             "arch": arch,
             "launch_shapes": "tuned" if shapes else "built in",
-            "arithmetic": "int8 dot products of two digits, float32 sums, f16 cache",
+            "kv_type": model.binding.kv_type,
+            "arithmetic": f"int8 dot products of two digits, float32 sums, {model.binding.kv_type} cache",
             "graph": self.graph,
             "device_bytes": engine.arena_bytes,
             "weight_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "weight"),
@@ -441,8 +453,10 @@ class _Opener:
             fused, model, ends, cache_dtype=self.cache_dtype, progress=self.on_load, constants=self.constants
         )
         self._engine_timings(engine.timings)
+        kv_type = self.cache_dtype if self.cache_dtype != "f16" else model.binding.kv_type
         facts = {
-            "arithmetic": f"numpy {np.dtype(engine.dtype).name}, {self.cache_dtype} cache",
+            "kv_type": kv_type,
+            "arithmetic": f"numpy {np.dtype(engine.dtype).name}, {kv_type} cache",
             "graph": False,
             "no_gpu_because": reason,
         }

@@ -25,6 +25,12 @@ def prefill_header() -> str:
 
 
 @cache
+def cache_header() -> str:
+    """`psigraph_cache.cuh`: a KV cache in 8 bits; behind the prefill header also what a prompt's kernels need of it."""
+    return (files(__package__) / "psigraph_cache.cuh").read_text(encoding="utf-8")
+
+
+@cache
 def repack_header() -> str:
     """`psigraph_repack.cuh`: where the model file keeps each value."""
     return (files(__package__) / "psigraph_repack.cuh").read_text(encoding="utf-8")

@@ -54,6 +54,31 @@ DEVICE void halves_of(uint4 eight, float out[8]) {
     out[0] = a.x; out[1] = a.y; out[2] = b.x; out[3] = b.y;
     out[4] = c.x; out[5] = c.y; out[6] = d.x; out[7] = d.y;
 }
+// Two floats as halves, the first in the low bits.
+#ifdef PSIGRAPH_HOST
+DEVICE u32 halves_from(float first, float second) { return (u32)float_to_half(first) | (u32)float_to_half(second) << 16; }
+#else
+DEVICE u32 halves_from(float first, float second) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+#endif
+
+// Sum, product, and product and sum of pairs of halves.
+#ifdef PSIGRAPH_HOST
+DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
+    float2 x = halves_to_floats(a), y = halves_to_floats(b), z = halves_to_floats(c);
+    return halves_from(x.x * y.x + z.x, x.y * y.y + z.y);
+}
+DEVICE u32 add_halves(u32 a, u32 b) { return fma_halves(a, 0x3c003c00u, b); }
+DEVICE u32 multiply_halves(u32 a, u32 b) { return fma_halves(a, b, 0x80008000u); }
+#else
+DEVICE u32 fma_halves(u32 a, u32 b, u32 c) { u32 d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d; }
+DEVICE u32 add_halves(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+DEVICE u32 multiply_halves(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+#endif
+
 DEVICE u32 byte_of_word(u32 word, int index) { return (word >> (8 * index)) & 0xffu; }
 DEVICE float byte_to_float(u32 word, int index) { return (float)byte_of_word(word, index); }
 DEVICE float signed_byte_to_float(u32 word, int index) { return (float)(s8)(word >> (8 * index)); }

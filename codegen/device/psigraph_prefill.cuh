@@ -11,32 +11,11 @@
 // Instructions
 // ---------------------------------------------------------------------------------------------------------
 
-// Two floats as halves, the first in the low bits.
-#ifdef PSIGRAPH_HOST
-DEVICE u32 halves_from(float first, float second) { return (u32)float_to_half(first) | (u32)float_to_half(second) << 16; }
-#else
-DEVICE u32 halves_from(float first, float second) {
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    return pair;
-}
-#endif
-
 // Two bytes of a word, 0 and 1 or 2 and 3, as halves of 1024 + the byte: a half's lowest bit is worth 1 there.
-// Sum, product, and product and sum of pairs of halves.
 #ifdef PSIGRAPH_HOST
 DEVICE u32 bytes_on_1024(u32 word, int second) { return 0x64006400u | byte_of_word(word, 2 * second) | byte_of_word(word, 2 * second + 1) << 16; }
-DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
-    float2 x = halves_to_floats(a), y = halves_to_floats(b), z = halves_to_floats(c);
-    return halves_from(x.x * y.x + z.x, x.y * y.y + z.y);
-}
-DEVICE u32 add_halves(u32 a, u32 b) { return fma_halves(a, 0x3c003c00u, b); }
-DEVICE u32 multiply_halves(u32 a, u32 b) { return fma_halves(a, b, 0x80008000u); }
 #else
 DEVICE u32 bytes_on_1024(u32 word, int second) { return __byte_perm(word, 0x64646464u, second ? 0x4342 : 0x4140); }
-DEVICE u32 fma_halves(u32 a, u32 b, u32 c) { u32 d; asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); return d; }
-DEVICE u32 add_halves(u32 a, u32 b) { u32 d; asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
-DEVICE u32 multiply_halves(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 #endif
 DEVICE u32 halves_twice(float value) { return halves_from(value, value); }
 
@@ -419,11 +398,40 @@ template <int D> struct AttendShape {
     static constexpr int STAGE = KEYS * (KEY_STRIDE + VALUE_STRIDE);   // halves
 };
 
-// q, y: halves [token][stride]; caches: [kv head][context][D]. position: of the chunk's first token, count: its tokens.
-// scale: of the scores, times log2(e). shared: 2 * STAGE halves.
-template <int D, int GROUP>
-DEVICE void attend_block(const u16* q, const u16* k_cache, const u16* v_cache, u16* y, int q_stride, int y_stride, int position, int count, int context,
-                         int kv_head, int block, float scale, u16* shared) {
+// Tiles of keys and values, as a type of cache brings them: `fetch` begins the copies of one; `arrived`, once those of
+// all threads are there, begins those of the next and gives halves [KEYS][KEY_STRIDE], [KEYS][VALUE_STRIDE]. `keys` of
+// the head may be read.
+// Of a cache of halves [kv head][context][D] they arrive as they are, in two stages of shared memory by turns.
+template <int D> struct HalfTiles {
+    typedef u16 Element;
+    typedef AttendShape<D> Shape;
+    const u16 *head_keys, *head_values;
+    u16* shared;
+    int keys;
+    METHOD HalfTiles(const u16* k_cache, const u16* v_cache, int kv_head, int context, int keys_, u16* shared_)
+        : head_keys(k_cache + (u64)kv_head * context * D), head_values(v_cache + (u64)kv_head * context * D), shared(shared_), keys(keys_) {}
+    METHOD void fetch(int tile) const {
+        u16* stage = shared + (tile & 1) * Shape::STAGE;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < Shape::KEYS * D / 8; i += ATTEND_THREADS) {
+            int row = i / (D / 8), part = i % (D / 8), key = tile * Shape::KEYS + row;
+            bool inside = key < keys;  // behind them may lie anything, and zero times that is not always zero
+            u64 at = (u64)(inside ? key : 0) * D + part * 8;
+            copy_16(stage + row * Shape::KEY_STRIDE + part * 8, head_keys + at, inside);
+            copy_16(stage + Shape::KEYS * Shape::KEY_STRIDE + row * Shape::VALUE_STRIDE + part * 8, head_values + at, inside);
+        }
+    }
+    METHOD const u16* arrived(int tile, int tiles) const {
+        if (tile + 1 < tiles) fetch(tile + 1);
+        return shared + (tile & 1) * Shape::STAGE;
+    }
+};
+
+// q, y: halves [token][stride]; caches: as TILES knows them. position: of the chunk's first token, count: its tokens.
+// scale: of the scores, times log2(e). shared: 2 * STAGE halves, or what TILES needs.
+template <int D, int GROUP, template <int> class TILES = HalfTiles>
+DEVICE void attend_block(const u16* q, const typename TILES<D>::Element* k_cache, const typename TILES<D>::Element* v_cache, u16* y, int q_stride, int y_stride,
+                         int position, int count, int context, int kv_head, int block, float scale, u16* shared) {
     typedef AttendShape<D> Shape;
     constexpr int KEYS = Shape::KEYS, BLOCKS = D / 8;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -432,21 +440,8 @@ DEVICE void attend_block(const u16* q, const u16* k_cache, const u16* v_cache, u
     int last_token = (block * ATTEND_ROWS + ATTEND_ROWS - 1) / GROUP;
     last_token = last_token < count ? last_token : count - 1;
     const int keys = position + last_token + 1;
-    const u16* head_keys = k_cache + (u64)kv_head * context * D;
-    const u16* head_values = v_cache + (u64)kv_head * context * D;
-
-    auto fetch = [&](int tile) {
-        u16* stage = shared + (tile & 1) * Shape::STAGE;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < KEYS * D / 8; i += ATTEND_THREADS) {
-            int row = i / (D / 8), part = i % (D / 8), key = tile * KEYS + row;
-            bool inside = key < keys;  // behind them may lie anything, and zero times that is not always zero
-            u64 at = (u64)(inside ? key : 0) * D + part * 8;
-            copy_16(stage + row * Shape::KEY_STRIDE + part * 8, head_keys + at, inside);
-            copy_16(stage + KEYS * Shape::KEY_STRIDE + row * Shape::VALUE_STRIDE + part * 8, head_values + at, inside);
-        }
-    };
-    fetch(0);
+    const TILES<D> cache(k_cache, v_cache, kv_head, context, keys, shared);
+    cache.fetch(0);
 
     // Rows g and g + 8 of this warp: their tokens, heads and queries.
     int token[2], head[2];
@@ -470,8 +465,7 @@ DEVICE void attend_block(const u16* q, const u16* k_cache, const u16* v_cache, u
     for (int tile = 0; tile < tiles; tile++) {
         finish_copies();
         __syncthreads();
-        if (tile + 1 < tiles) fetch(tile + 1);
-        const u16* stage = shared + (tile & 1) * Shape::STAGE;
+        const u16* stage = cache.arrived(tile, tiles);
         float scores[1][KEYS / 8][4];
         for_each<KEYS / 8>([&](auto n) { for_each<4>([&](auto e) { scores[0][n.index][e.index] = 0.0f; }); });
         for_each<D / 16>([&](auto k) { multiply_rows<1, KEYS / 8>(scores, query[k.index], stage + k.index * 16, Shape::KEY_STRIDE, lane); });

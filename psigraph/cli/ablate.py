@@ -10,7 +10,7 @@ import click
 from ..json_file import check_writable, write_json_atomically
 from ..policy import Admission
 from .kernels_only import kernels_only
-from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option
+from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option, kv_type_option
 
 if TYPE_CHECKING:
     from ..ablation import Row
@@ -36,6 +36,7 @@ Examples:
     metavar="N",
     help="Positions that the KV cache holds. Default: 4096, more where --depth and --steps need more.",
 )
+@kv_type_option
 @click.option(
     "--depth", type=click.IntRange(1), default=256, show_default=True, metavar="N", help="Fill N positions first."
 )
@@ -47,6 +48,7 @@ def command(
     backend: str,
     device: int,
     ctx: int | None,
+    kv_type: str,
     depth: int,
     steps: int,
     allow_blocked: bool,
@@ -90,6 +92,7 @@ def command(
             on_start=begin,
             device=device,
             ctx=ctx,
+            kv_type=kv_type,
             allow_blocked=allow_blocked,
             expect_sha256=expect_sha256,
             on_admission=warn,

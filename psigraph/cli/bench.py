@@ -106,6 +106,7 @@ def command(
     baseline: Path | None,
     device: int,
     ctx: int | None,
+    kv_type: str,
     no_graph: bool,
     disable: tuple[str, ...],
     prefill: str,
@@ -132,6 +133,7 @@ def command(
 
     if before is not None:
         known = {"prompt_tokens": list(prompt), "max_new_tokens": max_new_tokens, "decode_row": mode, "depth": depth}
+        known["kv_type"] = kv_type
         check_baseline(before)
         check_work(before, known if backend == "auto" else {**known, "backend": backend})
 
@@ -146,6 +148,7 @@ def command(
             "repeats": repeats,
             "mode": mode,
             "ctx": ctx,
+            "kv_type": kv_type,
             "device": device,
             "graph": not no_graph,
             "disable": disable,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..ir.errors import UsageError
-from .options import FILE_PATH, MODEL_PATH, disable_option
+from .options import FILE_PATH, MODEL_PATH, disable_option, kv_type_option
 from .stages import stages
 from .tables import kernel_table, pass_table, step_line
 
@@ -35,6 +35,7 @@ Examples:
 )
 @click.option("--out", type=FILE_PATH, metavar="DIR", help="Write everything to this folder.")
 @click.option("--ctx", type=click.IntRange(1), metavar="N", help="Positions that the KV cache holds. Default: 4096.")
+@kv_type_option
 @disable_option
 def command(
     model: Path | None,
@@ -43,6 +44,7 @@ def command(
     arches: tuple[str, ...],
     out: Path | None,
     ctx: int | None,
+    kv_type: str,
     disable: tuple[str, ...],
 ) -> None:
     """Compile MODEL.gguf, or the shapes of a published size, and show its kernels.
@@ -69,11 +71,11 @@ def command(
     if out is not None:
         check_folder(out)
     if model is not None:
-        source = source_of_file(model, ctx)
+        source = source_of_file(model, ctx, kv_type)
     else:
         assert size is not None
         assert quant is not None
-        source = source_of_size(size, quant, ctx)
+        source = source_of_size(size, quant, ctx, kv_type=kv_type)
     targets = targets or [default_target()]
     with stages() as bars:
         compilation = compile_stages(stages_of(source, disable), targets, bars.bar("compiling kernels"))

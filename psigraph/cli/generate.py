@@ -94,6 +94,7 @@ def command(
     backend: str,
     device: int,
     ctx: int | None,
+    kv_type: str,
     no_graph: bool,
     disable: tuple[str, ...],
     prefill: str,
@@ -145,6 +146,7 @@ def command(
                 backend,
                 device,
                 ctx,
+                kv_type=kv_type,
                 graph=not no_graph,
                 disable=disable,
                 prefill=prefill,
@@ -248,6 +250,7 @@ def _record(
         "model": session.model.file.path.name,
         "backend": session.backend,
         "context": session.context,
+        "kv_type": session.kv_type,
         "timings": {**tokens.timings(), **{key: round(value, 3) for key, value in session.timings.items()}},
     }
     if tokens.logprobs:

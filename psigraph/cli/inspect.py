@@ -45,6 +45,9 @@ Examples:
     "--format", "form", type=click.Choice(["text", "dot", "json"]), default="text", show_default=True, help="How."
 )
 @click.option("--arch", metavar="ARCH", help="For which GPU kernels are written. Default: this machine's, or sm_90a.")
+@click.option(
+    "--kv-type", type=click.Choice(["f16", "q8"]), help="What the KV cache holds; see generate. Default: f16."
+)
 def command(
     model: Path,
     stage: str | None,
@@ -54,6 +57,7 @@ def command(
     layer: int | None,
     form: str,
     arch: str | None,
+    kv_type: str | None,
 ) -> None:
     """Show MODEL, a model file, or DIR, a compiled folder, at one stage."""
     wanted = {"--stage": stage, "--after": after, "--diff": diff, "--kernel": kernel}
@@ -67,10 +71,12 @@ def command(
         raise UsageError("--format json: a diff is text; leave --format out")
     if arch is not None and model.is_dir():
         raise UsageError(f"--arch {arch}: {model} is compiled already; give the model file instead")
+    if kv_type is not None and model.is_dir():
+        raise UsageError(f"--kv-type {kv_type}: {model} is compiled already; give the model file instead")
     from ..compilation import gpu_target
     from ..inspection import INPUT, inspect_path
 
-    found = inspect_path(model, gpu_target(arch) if arch is not None else None)
+    found = inspect_path(model, gpu_target(arch) if arch is not None else None, kv_type or "f16")
     found.check_layer(layer)
     if kernel is not None:
         text = _kernel(found, kernel, form)

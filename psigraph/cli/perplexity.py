@@ -65,6 +65,7 @@ def command(
     backend: str,
     device: int,
     ctx: int | None,
+    kv_type: str,
     no_graph: bool,
     disable: tuple[str, ...],
     allow_blocked: bool,
@@ -129,6 +130,7 @@ def command(
             device,
             ctx,
             outputs=("logits",),
+            kv_type=kv_type,
             graph=not no_graph,
             disable=disable,
             positions=positions,
@@ -162,6 +164,7 @@ def _report(result: Result, session: Session, admission: Admission, found: list[
         "artifact": {**artifact_record(session.model), "sha256": admission.sha256},
         "admission": admission.record(),
         "backend": session.backend,
+        "kv_type": session.kv_type,
         "arithmetic": session.facts["arithmetic"],
         **result.record(),
     }

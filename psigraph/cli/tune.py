@@ -8,7 +8,7 @@ import click
 
 from ..ir.errors import UsageError
 from .kernels_only import kernels_only
-from .options import MODEL_PATH, Seconds, backend_option
+from .options import MODEL_PATH, Seconds, backend_option, kv_type_option
 from .stages import stages
 
 EPILOG = """\b
@@ -25,9 +25,10 @@ Examples:
 @click.argument("model", type=MODEL_PATH)
 @backend_option("cuda")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU.")
+@kv_type_option
 @click.option("--seconds", type=Seconds(1, 3600), default=60.0, show_default=True, help="When to stop trying.")
 @click.option("--dry-run", is_flag=True, help="Measure and print; keep nothing.")
-def command(model: Path, backend: str, device: int, seconds: float, dry_run: bool) -> None:
+def command(model: Path, backend: str, device: int, kv_type: str, seconds: float, dry_run: bool) -> None:
     """Find the launch shapes that make a step of MODEL fastest on this GPU."""
     if backend == "auto":
         backend = "cuda"
@@ -43,6 +44,7 @@ def command(model: Path, backend: str, device: int, seconds: float, dry_run: boo
             backend,
             device,
             shapes={},
+            kv_type=kv_type,
             on_compile=bars.bar("compiling kernels"),
             on_load=bars.bar("loading weights", in_bytes=True),
         )

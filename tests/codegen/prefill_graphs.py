@@ -69,10 +69,10 @@ def prefill_product_graph(dtypes: tuple[str, ...], rows: int, columns: int, toke
     }}""")
 
 
-def heads_graph(head_dim: int, group: int, kv_heads: int) -> Graph:
-    """Norms, rotation, caches and attention of a chunk of CHUNK tokens."""
+def heads_graph(head_dim: int, group: int, kv_heads: int, kind: str = "f16") -> Graph:
+    """Norms, rotation, caches and attention of a chunk of CHUNK tokens. kind: of the caches."""
     heads = group * kv_heads
-    cache = f"f16[{kv_heads},{CONTEXT},{head_dim}]"
+    cache = f"{kind}[{kv_heads},{CONTEXT},{head_dim}]"
     query, key = f"f32[{CHUNK},{heads * head_dim}]", f"f32[{CHUNK},{kv_heads * head_dim}]"
     return parse_graph(f"""graph heads(weight %q_norm: f32[{head_dim}], weight %k_norm: f32[{head_dim}],
             state %q: {query}, state %k: {key}, state %v: {key}, state %k_cache: {cache}, state %v_cache: {cache},

@@ -137,9 +137,14 @@ class Step:
         self.close()
 
     def run(self, states: Mapping[str, np.ndarray], order: str = "forward") -> dict[str, np.ndarray | Digits]:
-        """Results by name after one step. states: arrays of states and constants; those not given are zero."""
+        """Results by name after one step. states: arrays of states and constants; those not given are zero.
+
+        A q8 cache is given and got as it lies in memory (`q8_memory`), uint8[bytes].
+        """
         for buffer in self.program.buffers:
-            if buffer.kind in ("state", "constant"):
+            if buffer.layout == "q8":
+                self._write(buffer, states.get(buffer.name, np.zeros(buffer.nbytes, np.uint8)))
+            elif buffer.kind in ("state", "constant"):
                 given = states.get(buffer.name, np.zeros(buffer.shape))
                 self._write(buffer, np.asarray(given, DTYPES[buffer.dtype]).reshape(buffer.shape))
             elif buffer.kind == "scratch":
@@ -197,6 +202,8 @@ class Step:
         data = self._read(buffer)
         if buffer.layout == "i8x2":
             return decode_digits(data, buffer.shape[0])
+        if buffer.layout == "q8":
+            return data
         if buffer.layout == "halves":
             padded = data.view(np.float16).reshape(buffer.shape[0], -1)
             assert not padded[:, buffer.shape[1] :].any(), "padding is not zero"

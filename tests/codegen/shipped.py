@@ -18,18 +18,22 @@ CONTEXT = 4096
 
 
 @functools.cache
-def graph_of(size: str, quant: str, layers: int | None = None, logits: bool = True) -> Graph:
+def graph_of(
+    size: str, quant: str, layers: int | None = None, logits: bool = True, kv_type: str = "f16", disable: tuple = ()
+) -> Graph:
     """The fused step of a published size. layers: fewer than it has; the mix of types is that of the whole model."""
-    return fuse(step_of(size, quant, layers, logits))[0]
+    return fuse(step_of(size, quant, layers, logits, kv_type), disable)[0]
 
 
 @functools.cache
-def prefill_of(size: str, quant: str, layers: int | None = None, tokens: int = CHUNK_TOKENS) -> Graph:
+def prefill_of(
+    size: str, quant: str, layers: int | None = None, tokens: int = CHUNK_TOKENS, kv_type: str = "f16"
+) -> Graph:
     """The graph that takes a prompt in, of a published size."""
-    return prefill_graph(step_of(size, quant, layers, False), tokens)
+    return prefill_graph(step_of(size, quant, layers, False, kv_type), tokens)
 
 
-def step_of(size: str, quant: str, layers: int | None, logits: bool) -> Graph:
+def step_of(size: str, quant: str, layers: int | None, logits: bool, kv_type: str = "f16") -> Graph:
     """The step of a published size as its spec has it."""
     shape, recipe = synth.SIZES[size], synth.QUANTS[quant]
     tensors = {t.name: TensorType(t.dtype, t.shape) for t in synth._tensors(shape, recipe, VOCABULARY)}
@@ -49,7 +53,7 @@ def step_of(size: str, quant: str, layers: int | None, logits: bool) -> Graph:
         "qwen3.rope.freq_base": shape.theta,
     }
     spec = load_spec(spec_folder() / "qwen3.yaml")
-    return spec.graph(spec.bind(metadata, tensors, CONTEXT), ("logits",) if logits else ())
+    return spec.graph(spec.bind(metadata, tensors, CONTEXT, kv_type), ("logits",) if logits else ())
 
 
 @functools.cache

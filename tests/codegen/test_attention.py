@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import q8_memory
 from bars import SUM_UNITS, UNIT, assert_close
 from run_node import Step, same_bits
 
@@ -13,6 +14,7 @@ from psigraph.codegen.target import Target, target_for
 from psigraph.ir import meaning
 from psigraph.ir.graph import Graph
 from psigraph.ir.text import parse_graph
+from psigraph.ir.types import Q8_GROUP, quantize_q8, round_q8
 
 EPS, THETA = 1e-6, 1e6
 HALF_UNIT = 2.0**-11
@@ -21,6 +23,10 @@ SHAPES = [(16, 1, 2, 132, 8), (16, 4, 1, 2, 1), (32, 2, 2, 132, 4), (64, 2, 2, 3
           (96, 2, 1, 132, 8), (128, 1, 1, 4, 8), (128, 2, 2, 4, 1), (128, 2, 2, 132, 8), (128, 4, 2, 132, 8),
           (128, 5, 1, 132, 8), (128, 2, 8, 132, 1), (128, 4, 2, 1, 4), (256, 2, 1, 132, 8),
           (128, 2, 8, 16, 8)]  # fmt: skip
+# For a q8 cache: head sizes of whole groups and not, clusters and none, sets of heads, warps with several tiles.
+Q8_SHAPES = [(16, 1, 2, 132, 8), (48, 2, 2, 3, 4), (64, 4, 1, 4, 1), (80, 5, 1, 132, 8), (128, 2, 8, 132, 8),
+             (128, 2, 2, 4, 1), (128, 4, 2, 1, 4), (256, 2, 1, 132, 8), (64, 16, 1, 132, 2)]  # fmt: skip
+CASES = [("f16", *shape) for shape in SHAPES] + [("q8", *shape) for shape in Q8_SHAPES]
 
 
 def target_of(sm_count: int, cluster: int) -> Target:
@@ -29,10 +35,10 @@ def target_of(sm_count: int, cluster: int) -> Target:
     return target.plain() if cluster == 1 else replace(target, cluster=cluster)
 
 
-def attention_graph(head_dim: int, group: int, kv_heads: int, context: int) -> Graph:
+def attention_graph(head_dim: int, group: int, kv_heads: int, context: int, kind: str = "f16") -> Graph:
     """Append and attend as three kernels, as one with f32 results and as one with i8x2 results."""
     heads = group * kv_heads
-    cache = f"f16[{kv_heads},{context},{head_dim}]"
+    cache = f"{kind}[{kv_heads},{context},{head_dim}]"
     query, key = f"f32[{heads * head_dim}]", f"f32[{kv_heads * head_dim}]"
     attrs = f"eps={EPS}, theta={THETA}, heads={heads}, kv_heads={kv_heads}"
     operands = "%q, %k, %v, %q_norm, %k_norm"
@@ -59,10 +65,10 @@ def positions_of(sm_count: int, kv_heads: int, cluster: int) -> tuple[int, list[
     return context, sorted({edge for edge in edges if edge < context})
 
 
-@pytest.mark.parametrize(("head_dim", "group", "kv_heads", "sm_count", "cluster"), SHAPES)
-def test_attention(head_dim, group, kv_heads, sm_count, cluster):
+@pytest.mark.parametrize(("kind", "head_dim", "group", "kv_heads", "sm_count", "cluster"), CASES)
+def test_attention(kind, head_dim, group, kv_heads, sm_count, cluster):
     context, positions = positions_of(sm_count, kv_heads, cluster)
-    graph = attention_graph(head_dim, group, kv_heads, context)
+    graph = attention_graph(head_dim, group, kv_heads, context, kind)
     generator = np.random.default_rng(head_dim + group)
     norms = {name: (1 + generator.standard_normal(head_dim) / 4).astype(np.float32) for name in ("q_norm", "k_norm")}
     with Step(graph, target_of(sm_count, cluster), norms) as step:
@@ -74,9 +80,9 @@ def test_attention(head_dim, group, kv_heads, sm_count, cluster):
                 "position": np.array([position], np.int32),
             }
             for name in ("k_cache", "v_cache"):
-                states[name] = generator.standard_normal((kv_heads, context, head_dim)).astype(np.float16)
+                rows = generator.standard_normal((kv_heads, context, head_dim))
                 # Nobody may look at what lies behind the position.
-                states[name][:, position:] = np.nan
+                states[name] = held(kind, rows, position)
             got = step.run(states)
             check(graph, norms, states, got, f"position {position}")
             if position in (0, positions[-1]):
@@ -85,8 +91,45 @@ def test_attention(head_dim, group, kv_heads, sm_count, cluster):
                     assert all(same_bits(got[name], again[name]) for name in got), f"order {order} shows"
 
 
+def held(kind: str, rows: np.ndarray, first: int) -> np.ndarray:
+    """The memory of a cache that holds these rows [kv_heads, context, head_dim], with NaN from position `first` on."""
+    if kind == "q8":
+        memory = q8_memory.pack(*quantize_q8(rows))
+        return q8_memory.poison(memory, rows.shape[0], rows.shape[2], first)
+    halves = rows.astype(np.float16)
+    halves[:, first:] = np.nan
+    return halves
+
+
+def check_rows(memory: np.ndarray, before: np.ndarray, shape: tuple[int, ...], first: int, count: int, what: str):
+    """Only the positions first .. first + count - 1 have changed; returns what a cache stands for, float16[shape]."""
+    kv_heads, context, head_dim = shape
+    parts = [(memory, before)]
+    values = memory
+    if memory.dtype == np.uint8:
+        planes = (q8_memory.unpack(each, kv_heads, head_dim) for each in (memory, before))
+        parts = list(zip(*planes, strict=True))
+        values = q8_memory.values_of(memory, kv_heads, head_dim)[:, :context]
+    for now, then in parts:
+        for kept in (slice(0, first), slice(first + count, None)):
+            np.testing.assert_array_equal(now[:, kept], then[:, kept], err_msg=what)
+    return values
+
+
+def row_bound(kind: str, rows: np.ndarray, error: np.ndarray | float) -> np.ndarray:
+    """How far a cache's rows may be from `rows`, which are themselves known up to `error`."""
+    if kind == "f16":
+        return error + HALF_UNIT * np.abs(rows) + 2.0**-25
+    starts = range(0, rows.shape[-1], Q8_GROUP)
+    size = np.maximum.reduceat(np.abs(rows) + error, starts, axis=-1)
+    amax = np.repeat(size, Q8_GROUP, axis=-1)[..., : rows.shape[-1]]
+    # Half a step of the integers; a scale rounded to a half, 127 times; the product rounded to a half.
+    return error + amax / 254 * 1.001 + 2 * HALF_UNIT * amax + 128 * 2.0**-25
+
+
 def check(graph: Graph, norms: dict, states: dict, got: dict, what: str) -> None:
-    kv_heads, _, head_dim = states["k_cache"].shape
+    kind, shape = graph.param("k_cache").type.dtype, graph.param("k_cache").type.shape
+    kv_heads, _, head_dim = shape
     position = int(states["position"][0])
     wide = {name: array.astype(np.float64) for name, array in {**norms, **states}.items()}
 
@@ -100,19 +143,23 @@ def check(graph: Graph, norms: dict, states: dict, got: dict, what: str) -> None
     q, q_bound = turned("q", "q_norm")
     assert_close(got["turned"], q, q_bound, f"{what}: turned")
     k, k_bound = turned("k", "k_norm")
+    caches = {}
     for name, row, bound in (("k_cache", k, k_bound), ("v_cache", wide["v"].reshape(kv_heads, -1), 0.0)):
-        cache = got[name]
-        assert_close(cache[:, position], row, bound + HALF_UNIT * np.abs(row) + 2.0**-25, f"{what}: {name}")
-        np.testing.assert_array_equal(cache[:, :position], states[name][:, :position], err_msg=f"{what}: {name}")
-        assert np.isnan(cache[:, position + 1 :]).all(), f"{what}: {name} was written behind the position"
+        caches[name] = check_rows(got[name], states[name], shape, position, 1, f"{what}: {name}")
+        error = np.abs(caches[name][:, position].astype(np.float64) - row)
+        assert (error <= row_bound(kind, row, bound)).all(), f"{what}: {name}"
+    if kind == "q8":  # the very integers that numpy makes of a row of float32
+        wanted_row = quantize_q8(wide["v"].reshape(kv_heads, -1))
+        for found, wanted in zip(q8_memory.unpack(got["v_cache"], kv_heads, head_dim), wanted_row, strict=True):
+            np.testing.assert_array_equal(found[:, position], wanted, err_msg=what)
     scale = head_dim**-0.5
     for name, query, q_error in (
         ("a1", got["turned"].astype(np.float64), 0.0),
         ("a2", q, q_bound),
         ("a3", q, q_bound),
     ):
-        wanted = meaning.attend(query, got["k_cache"], got["v_cache"], position, scale)
-        bound = attention_bound(query, q_error, got["k_cache"], got["v_cache"], position, scale)
+        wanted = meaning.attend(query, caches["k_cache"], caches["v_cache"], position, scale)
+        bound = attention_bound(query, q_error, caches["k_cache"], caches["v_cache"], position, scale)
         assert_close(got[name], wanted.reshape(-1), bound.reshape(-1), f"{what}: {name}")
 
 
@@ -130,20 +177,22 @@ def attention_bound(
     return (2 * score_error + 4 * UNIT * top + SUM_UNITS * UNIT) * values
 
 
+@pytest.mark.parametrize("kind", ["f16", "q8"])
 @pytest.mark.parametrize("position", [0, 1, 40])
-def test_rope_and_cache_append_alone(position):
+def test_rope_and_cache_append_alone(position, kind):
     """What runs when the fusions are disabled."""
-    graph = parse_graph("""graph rope(state %x: f32[6,32], state %cache: f16[6,41,32], state %log: i32[41],
-            state %position: i32[1]) {
-        %y: f32[6,32] = rope(%x, %position) {theta=10000.0}
-        %cache2: f16[6,41,32] = cache_append(%cache, %y, %position)
+    graph = parse_graph(f"""graph rope(state %x: f32[6,48], state %cache: {kind}[6,41,48], state %log: i32[41],
+            state %position: i32[1]) {{
+        %y: f32[6,48] = rope(%x, %position) {{theta=10000.0}}
+        %cache2: {kind}[6,41,48] = cache_append(%cache, %y, %position)
         return y=%y, cache=%cache2
-    }""")
-    x = np.random.default_rng(1).standard_normal((6, 32)).astype(np.float32)
-    cache = np.random.default_rng(2).standard_normal((6, 41, 32)).astype(np.float16)
+    }}""")
+    x = np.random.default_rng(1).standard_normal((6, 48)).astype(np.float32)
+    cache = held(kind, np.random.default_rng(2).standard_normal((6, 41, 48)), position)
     with Step(graph, target_for("host"), {}) as step:
         got = step.run({"x": x, "cache": cache, "position": np.array([position])})
     wanted = meaning.rotate(x.astype(np.float64), position, 10000.0)
     assert_close(got["y"], wanted, 4 * UNIT * np.abs(x).max(), "rope")
-    cache[:, position] = got["y"].astype(np.float16)
-    np.testing.assert_array_equal(got["cache"], cache)
+    values = check_rows(got["cache"], cache, (6, 41, 48), position, 1, "cache")
+    row = got["y"].astype(np.float16) if kind == "f16" else round_q8(got["y"])
+    np.testing.assert_array_equal(values[:, position], row)

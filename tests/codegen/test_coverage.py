@@ -7,7 +7,7 @@ import functools
 import pytest
 from product_graphs import overridden, product_graph, target_of
 from shipped import graph_of, tiny_graph
-from test_attention import SHAPES, attention_graph, positions_of
+from test_attention import CASES, attention_graph, positions_of
 from test_attention import target_of as attention_target
 from test_products import EVERY_FORM, MIXED, MIXED_SHAPES
 
@@ -68,9 +68,9 @@ def statements_tested() -> dict[str, frozenset[str]]:
     for dtypes, shape in cases:
         graph = product_graph(dtypes, shape.rows, shape.columns, every_form=shape.name in EVERY_FORM)
         programs.append(lower(graph, target_of(shape), overridden(graph, shape)))
-    for head_dim, group, kv_heads, sm_count, cluster in SHAPES:
+    for kind, head_dim, group, kv_heads, sm_count, cluster in CASES:
         context, _ = positions_of(sm_count, kv_heads, cluster)
-        graph = attention_graph(head_dim, group, kv_heads, context)
+        graph = attention_graph(head_dim, group, kv_heads, context, kind)
         programs.append(lower(graph, attention_target(sm_count, cluster)))
     for program in programs:
         for op, lines in needed(program).items():
@@ -104,6 +104,14 @@ def test_models_need_no_other_kernels(quant, arch):
                 UnsupportedModelError, match=rf"over \d+ columns needs more shared memory than {arch} has"
             ):
                 lower(graph_of(size, quant), TARGETS[arch])
+
+
+@pytest.mark.parametrize("arch", list(TARGETS))
+def test_models_with_a_q8_cache_need_no_other_kernels(arch):
+    for size in synth.SIZES:
+        for disabled in ((), ("fuse_attention",)):
+            program = lower(graph_of(size, "q8_0", 1, kv_type="q8", disable=disabled), TARGETS[arch])
+            assert not missing(program), size + "\n" + "\n".join(missing(program))
 
 
 @pytest.mark.parametrize("disabled", [(), *[(step.name,) for step in PIPELINE if not step.lowering]])

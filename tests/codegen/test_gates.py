@@ -6,6 +6,7 @@ import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from shipped import graph_of, tiny_graph, unfused
@@ -76,6 +77,17 @@ def test_default_size(arch):
 )
 def test_other_sizes(size, quant, arch):
     assert_gates(lower(graph_of(size, quant), TARGETS[arch]), arch)
+
+
+@pytest.mark.parametrize("arch", GPU_ARCHES)
+def test_a_q8_cache(arch):
+    """Fused and not; the text for 0.6b to 8b differs in numbers, and for groups of more than four in a second set."""
+    for size, disable in (("1.7b", ()), ("4b", ("fuse_attention", "fuse_rope_append"))):
+        program = lower(graph_of(size, "q4_k_m", 1, kv_type="q8", disable=disable), TARGETS[arch])
+        names = [kernel.name for kernel in program.kernels if re.match("rope|attention|cache", kernel.name)]
+        assert names
+        kernels = tuple(kernel for kernel in program.kernels if kernel.name in names)
+        assert_gates(replace(program, kernels=kernels), arch)
 
 
 def test_largest_size():

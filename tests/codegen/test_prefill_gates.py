@@ -9,7 +9,8 @@ from prefill_graphs import heads_graph, prefill_product_graph
 from shipped import prefill_of
 from test_gates import INCLUDE, assert_gates
 
-from psigraph.codegen.device import prefill_header
+from psigraph.codegen.cache_types import CACHE_TYPES
+from psigraph.codegen.device import cache_header, prefill_header
 from psigraph.codegen.prefill_lower import lower_prefill
 from psigraph.codegen.target import GPU_ARCHES, TARGETS
 from psigraph.ir.program import LIBRARY_PRODUCT, Program
@@ -36,9 +37,16 @@ def test_every_type(dtype):
     assert_gates(only(program, "prefill_matvec_swiglu"), "sm_90a")
 
 
+@pytest.mark.parametrize("kind", CACHE_TYPES)
 @pytest.mark.parametrize(("head_dim", "group", "kv_heads", "arch"), [(64, 3, 2, "sm_89"), (256, 2, 1, "sm_90a")])
-def test_heads(head_dim, group, kv_heads, arch):
-    assert_gates(lower_prefill(heads_graph(head_dim, group, kv_heads), TARGETS[arch]), arch)
+def test_heads(head_dim, group, kv_heads, arch, kind):
+    assert_gates(lower_prefill(heads_graph(head_dim, group, kv_heads, kind), TARGETS[arch]), arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_a_q8_cache_of_the_default_size(arch):
+    program = lower_prefill(prefill_of("1.7b", "q4_k_m", 2, kv_type="q8"), TARGETS[arch])
+    assert_gates(only(program, "prefill_rope_append", "prefill_attention"), arch)
 
 
 def test_for_a_library():
@@ -58,4 +66,4 @@ def test_launches_of_a_chunk():
 
 
 def test_texts_include_nothing():
-    assert not INCLUDE.findall(prefill_header())
+    assert not INCLUDE.findall(prefill_header() + cache_header())

@@ -129,14 +129,18 @@ def texts_of(path: Path, disable: tuple[str, ...]) -> frozenset[str]:
 
 
 def step_of(
-    path: Path, disable: tuple[str, ...] = (), sampling: bool = False, known: frozenset[str] = frozenset()
+    path: Path,
+    disable: tuple[str, ...] = (),
+    sampling: bool = False,
+    known: frozenset[str] = frozenset(),
+    kv_type: str = "f16",
 ) -> Step:
     """A step of a model's program on the stand-in driver, kernel after kernel, at position POSITION.
 
     known: texts of kernels to leave out of what it gives.
     """
     host.activate(sms=SMS)
-    with open_model(path, CONTEXT) as model, Driver(0) as driver:
+    with open_model(path, CONTEXT, kv_type=kv_type) as model, Driver(0) as driver:
         program = build_program(model, target_for("host", SMS), ("logits",), disable, sampling=sampling)
         return _watch(program, model, driver, known)
 

@@ -45,20 +45,27 @@ def problems_of(call: KernelCall, wanted: dict[int, np.ndarray]) -> str:
 # Between them: every kernel of both files, fused and not, with the likeliest token and with one drawn by chance; each
 # program beside the first brings those whose text the one named last has not.
 @pytest.mark.parametrize(
-    ("path", "disable", "sampling", "beside", "fewest"),
+    ("path", "disable", "sampling", "beside", "fewest", "kv_type"),
     [
-        (Q4, (), False, None, 10),
-        (Q8, (), False, (Q4, ()), 7),
-        (Q4, (), True, (Q4, ()), 3),
-        (Q4, ALL_PASSES, False, (Q4, ()), 20),
-        (Q8, ALL_PASSES, True, (Q4, ALL_PASSES), 6),
+        (Q4, (), False, None, 10, "f16"),
+        (Q8, (), False, (Q4, ()), 7, "f16"),
+        (Q4, (), True, (Q4, ()), 3, "f16"),
+        (Q4, ALL_PASSES, False, (Q4, ()), 20, "f16"),
+        (Q8, ALL_PASSES, True, (Q4, ALL_PASSES), 6, "f16"),
+        (Q4, (), False, (Q4, ()), 1, "q8"),
+        (Q4, ALL_PASSES, False, (Q4, ALL_PASSES), 2, "q8"),
     ],
-    ids=["q4", "q8", "q4-drawn", "q4-unfused", "q8-unfused-drawn"],
+    ids=["q4", "q8", "q4-drawn", "q4-unfused", "q8-unfused-drawn", "q8-cache", "q8-cache-unfused"],
 )
 def test_kernels_of_a_step_are_sound(
-    path: Path, disable: tuple[str, ...], sampling: bool, beside: tuple[Path, tuple[str, ...]] | None, fewest: int
+    path: Path,
+    disable: tuple[str, ...],
+    sampling: bool,
+    beside: tuple[Path, tuple[str, ...]] | None,
+    fewest: int,
+    kv_type: str,
 ) -> None:
-    step = step_of(path, disable, sampling, texts_of(*beside) if beside else frozenset())
+    step = step_of(path, disable, sampling, texts_of(*beside) if beside else frozenset(), kv_type)
     assert set(step.calls) == set(step.names)
     assert len(step.names) >= fewest
     # What makes the checks sharp: kernels wait for another, whose results they read.

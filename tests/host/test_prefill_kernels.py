@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "codegen"))
+import q8_memory
 from step_launches import MOST_ARGUMENTS, bundle, written_places
 from weights import raw_weights
 
 from psigraph.codegen.packing import pack
 from psigraph.codegen.prefill_lower import lower_prefill
 from psigraph.codegen.target import target_for
-from psigraph.ir.program import Buffer
+from psigraph.ir.program import Buffer, Program
 from psigraph.ir.text import parse_graph
+from psigraph.ir.types import quantize_q8
 from psigraph.runtime.host.check import HostCheckError, KernelCall, build_all, run_build
 from psigraph.runtime.tables import table_values
 
@@ -57,6 +60,9 @@ def contents(buffer: Buffer) -> np.ndarray:
         return generator.integers(0, 40, buffer.shape).astype(np.int32).view(np.uint8).ravel()
     if buffer.dtype == "f16" and buffer.kind == "state":
         return generator.standard_normal(buffer.nbytes // 2).astype(np.float16).view(np.uint8)
+    if buffer.layout == "q8":
+        rows = generator.standard_normal((buffer.shape[0], CONTEXT, buffer.shape[2]))
+        return q8_memory.pack(*quantize_q8(rows))
     if buffer.kind == "weight":
         return np.ones(buffer.shape, np.float32).view(np.uint8)
     return np.zeros(buffer.nbytes, np.uint8)
@@ -65,13 +71,29 @@ def contents(buffer: Buffer) -> np.ndarray:
 def test_kernels_of_a_chunk_are_sound() -> None:
     """Of both ways; where a library would multiply, zeros stand for what it makes."""
     own, spread = (lower_prefill(parse_graph(LAYER), target_for("host"), library) for library in (False, True))
-    texts = {kernel.text: kernel for program in (own, spread) for kernel in program.kernels}
+    names = check(own, spread)
+    assert len(names) >= 11
+
+
+def test_kernels_over_a_q8_cache_are_sound() -> None:
+    cache = f"[1,{CONTEXT},16]"
+    program = lower_prefill(parse_graph(LAYER.replace(f"f16{cache}", f"q8{cache}")), target_for("host"))
+    kernels = tuple(kernel for kernel in program.kernels if "PSIGRAPH_CACHE_CUH" in kernel.text)
+    launches = tuple(launch for launch in program.launches if launch.kernel in {kernel.name for kernel in kernels})
+    assert len(launches) == 2
+    check(replace(program, kernels=kernels, launches=launches))
+
+
+def check(own: Program, *others: Program) -> list[str]:
+    """Run all kernels of a program under checks, and of others those that are new; the kernels' names."""
+    texts = {kernel.text: kernel for program in (own, *others) for kernel in program.kernels}
     names = [kernel.name for kernel in texts.values()]
-    assert len(set(names)) == len(names) >= 11
+    assert len(set(names)) == len(names)
     source = bundle(own.header, tuple(texts.values()))
     build_all(source, "many", ("address", "watch"))
     problems = []
-    for program, kernels in ((own, set(names)), (spread, set(names) - {kernel.name for kernel in own.kernels})):
+    new = [(own, set(names))] + [(other, set(names) - {kernel.name for kernel in own.kernels}) for other in others]
+    for program, kernels in new:
         memory = {buffer.name: contents(buffer) for buffer in program.buffers}
         for launch in program.launches:
             if launch.kernel not in kernels:
@@ -91,3 +113,4 @@ def test_kernels_of_a_chunk_are_sound() -> None:
             for place in writes:
                 memory[str(launch.args[place])] = left[1 + place]
     assert not problems, "\n".join(problems)
+    return names

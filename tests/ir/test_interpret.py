@@ -10,6 +10,9 @@ from small_models import QWEN3, Small, assert_same_steps, decode, random_weights
 from psigraph.ir.errors import UsageError
 from psigraph.ir.graph import TensorType
 from psigraph.ir.interpret import Interpreter
+from psigraph.ir.text import parse_graph, print_graph
+from psigraph.ir.types import round_q8
+from psigraph.ir.verify import verify
 from psigraph.passes.pipeline import run_pipeline
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
@@ -64,6 +67,24 @@ def test_tiny_model_fused_and_lowered(tiny):
     assert divergences(fused, weights, ids, reference, cache_dtype="f32", exact_activations=True).max() <= 1e-10
     # i8x2 is off by 1.6e-5 of a group's largest value: seen through the model it costs 1e-8.
     assert divergences(fused, weights, ids, reference, cache_dtype="f32").max() <= 1e-7
+
+
+def test_a_q8_cache_holds_its_rounded_rows():
+    """Against an unrounded cache the loss shows; the step that wrote a row reads it rounded already."""
+    small = Small(layers=2, dtype="f16")
+    exact = small.graph()
+    graph = parse_graph(print_graph(exact).replace("f16[2,16,128]", "q8[2,16,128]"))
+    verify(graph)
+    weights = random_weights(graph)
+    for options in ({}, {"in_place_cache": True}):
+        rounded = decode(graph, weights, **options)
+        unrounded = decode(graph, weights, cache_dtype="f32", **options)
+        for step, (ours, theirs) in enumerate(zip(rounded, unrounded, strict=True)):
+            held = ours["v_cache.0"]
+            assert held.dtype == np.float16
+            np.testing.assert_array_equal(held[:, : step + 1], round_q8(theirs["v_cache.0"][:, : step + 1]))
+            assert not held[:, step + 1 :].any()
+        assert (rounded[0]["v_cache.1"] != round_q8(unrounded[0]["v_cache.1"])).any()  # layer 1 saw what layer 0 lost
 
 
 def test_float32_is_close_to_float64():

@@ -13,7 +13,7 @@ from psigraph.passes.pipeline import run_pipeline
 TEXT = SPEC_PATH.read_text(encoding="utf-8")
 
 
-def bind(small=Small(), ctx=16, keys=None, tensors=None):  # noqa: B008 (frozen)
+def bind(small=Small(), ctx=16, keys=None, tensors=None, **options):  # noqa: B008 (frozen)
     """Binds with changes: None removes a key or tensor."""
     metadata = {**small.metadata(), **(keys or {})}
     types = {**small.tensors(), **(tensors or {})}
@@ -21,7 +21,20 @@ def bind(small=Small(), ctx=16, keys=None, tensors=None):  # noqa: B008 (frozen)
         {key: value for key, value in metadata.items() if value is not None},
         {name: type_ for name, type_ in types.items() if type_ is not None},
         ctx,
+        **options,
     )
+
+
+def test_binding_chooses_the_type_of_the_caches():
+    graph = QWEN3.graph(bind(kv_type="q8"))
+    verify(graph)
+    types = {str(param.type) for param in graph.params if "_cache." in param.name}
+    assert types == {"q8[2,16,128]"}
+    fused, _ = run_pipeline(graph)
+    verify(fused, lowered=True)
+    assert fused.param("v_cache.0").type.dtype == "q8"
+    with pytest.raises(UsageError, match="--kv-type q4: choose one of f16, q8"):
+        bind(kv_type="q4")
 
 
 def test_names_and_results_of_the_graph():

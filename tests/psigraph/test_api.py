@@ -183,6 +183,19 @@ def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         psigraph.compile(Q4, arches=["sm_1"])
 
 
+def test_a_cache_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="quantized"):
+        model = psigraph.load(Q4, "cpu", ctx=32, kv_type="q8")
+    with model:
+        assert model.session.kv_type == "q8"
+        assert "".join(model.generate("The whale", max_new_tokens=4))
+    with pytest.raises(UsageError, match="--kv-type q4: choose one of f16, q8"):
+        psigraph.load(Q4, "cpu", kv_type="q4")
+    monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(tmp_path / "cache"))
+    (built,) = psigraph.compile(Q4, arches=["sm_90a"], ctx=64, kv_type="q8").built
+    assert built.program.buffer("k_cache.0").nbytes == 2 * 64 * 136
+
+
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import sys, psigraph; print([name for name in ('numpy', 'cuda', 'gguf') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

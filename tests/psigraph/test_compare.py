@@ -232,7 +232,14 @@ def test_our_report_must_be_of_the_work_asked_for(job):
     def fewer_tokens(_path, _ids, tokens, backend):
         return a_report(repeats=1, sha256=job.sha256, tokens=tokens - 1, backend=backend)
 
-    for bench, message in ((other_file, "another file"), (fewer_tokens, "max_new_tokens")):
+    def other_cache(_path, _ids, tokens, backend):
+        return a_report(repeats=1, sha256=job.sha256, tokens=tokens, backend=backend, kv_type="q8")
+
+    for bench, message in (
+        (other_file, "another file"),
+        (fewer_tokens, "max_new_tokens"),
+        (other_cache, "kv_type is q8, comparisons are of f16 caches"),
+    ):
         with pytest.raises(UsageError, match=message):
             run_session(job, [], bench, IDLE)
 

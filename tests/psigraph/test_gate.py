@@ -161,6 +161,7 @@ OTHER = "51ee947d9cce72ec657577219fd1798fabeabf0d832217fe23c9d6d3d18d5880"
         ("documents", swap(PILOT_DOC, "[600.04 tok/s]", "[700.04 tok/s]"), "cites 700.04"),
         ("documents", append(PILOT_DOC, "We reach 1,234 tok/s.\n"), "cites no report"),
         ("documents", append(PILOT_DOC, "[1.0 tok/s](absent.json)\n"), "which is not there"),
+        ("documents", in_json(OURS, put("kv_type", value="q8")), "of a q8 cache and does not say so"),
         ("documents", swap(BENCH_DOC, "| 239.19 |", "| 240.19 |"), "differ from the matrix"),
         ("documents", swap(BENCH_DOC, "<!-- psigraph matrix: begin -->", ""), "no block"),
         ("documents", lambda root: (root / "README.md").write_text(f"[1 tok/s]({OURS})"), "README.md: cites 1"),

@@ -87,6 +87,7 @@ def test_a_synthetic_file_on_the_rtx_4080_settles_nothing(tmp_path):
         ({}, {"gpu": "NVIDIA H100"}, "interleaved"),
         ({}, {"sha256": "6" * 64}, "interleaved"),
         ({"decode_row": "forced"}, {}, "no chained row"),
+        ({"kv_type": "q8"}, {}, "psigraph: its KV cache is q8, comparisons are of f16 caches"),
         ({}, {"status": "not_run", "samples": [], "raw": [], "reason": "absent"}, "interleaved"),
     ],
 )
@@ -94,6 +95,21 @@ def test_unlike_rows_are_not_put_side_by_side(tmp_path, mine, theirs, why):
     entry = matrix_of(tmp_path, ours(**mine), a_comparator(**theirs))["decision"]["by_host"][0]
     assert entry["can_claim_parity"] is False
     assert why in entry["why"]
+
+
+def test_a_q8_cache_speaks_for_no_other(tmp_path):
+    """Beside the f16 row of the same session it changes nothing, and every row and table says which is which."""
+    matrix = matrix_of(tmp_path, ours(900.0, kv_type="q8"), ours(240.0), a_comparator(250.0))
+    assert [row.get("kv_type") for row in matrix["rows"][:3]] == ["q8", "f16", None]
+    (entry,) = matrix["decision"]["by_host"]
+    assert entry["can_claim_parity"] is False
+    assert "psigraph 240.00 tok/s" in entry["why"]
+    tables = markdown(matrix)
+    assert "(chained, q8 cache)" in tables
+    assert "(chained, f16 cache)" in tables
+    assert validate_matrix(matrix, tmp_path) == []
+    matrix["rows"][0]["kv_type"] = "f16"
+    assert any("kv_type: is 'f16', but 'q8'" in problem for problem in validate_matrix(matrix, tmp_path))
 
 
 def test_the_fastest_comparator_and_the_worst_session_speak(tmp_path):

@@ -94,6 +94,10 @@ def test_baseline_refuses_other_work(measured: tuple[Path, dict[str, Any], str])
     report = measured[1]
     with pytest.raises(UsageError, match="depth is 7 there and 0 here"):
         compare_reports(report, {**report, "depth": 7})
+    with pytest.raises(UsageError, match="kv_type is q8 there and f16 here"):
+        compare_reports(report, {**report, "kv_type": "q8"})
+    older = {key: value for key, value in report.items() if key != "kv_type"}
+    assert compare_reports(report, older)
 
 
 def test_profile_needs_kernels(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from psigraph.json_file import check_new_folder
 from psigraph.report import (
     check_writable,
     json_text,
+    kv_type_of,
     merge_reports,
     read_json,
     validate_report,
@@ -93,6 +94,9 @@ def drop(key):
         (put(["roofline", "share_of_read_bandwidth"], 0.99), "share_of_read_bandwidth"),
         (put(["roofline", "valid"], False), "roofline.valid"),
         (put(["decode_row"], "warm"), "neither chained nor forced"),
+        (put(["kv_type"], "q4"), "kv_type: q4 is none of"),
+        (put(["environment", "kv_type"], "q8"), "kv_type: is f16, but the environment says q8"),
+        (put(["environment", "arithmetic"], "float32 sums, q8 cache"), "kv_type: is f16, but the environment says q8"),
         (put(["schema"], "psionic.medpsy.bench.v0"), "schema"),
         (put(["kernels"], [{"name": "x"}]), "kernels[0].us"),
         (put(["runs", 0], []), "runs[0]: is no object"),
@@ -105,6 +109,19 @@ def test_tampering_shows(edit, message):
     report = copy.deepcopy(a_report())
     edit(report)
     assert any(message in problem for problem in validate_report(report)), validate_report(report)
+
+
+def test_the_type_of_the_cache_is_part_of_the_work():
+    """A report that is older than the choice is one of an f16 cache."""
+    half, eight, older = a_report(), a_report(kv_type="q8"), a_report()
+    del older["kv_type"]
+    assert (half["kv_type"], eight["kv_type"]) == ("f16", "q8")
+    assert [kv_type_of(report) for report in (half, eight, older)] == ["f16", "q8", "f16"]
+    assert [validate_report(report) for report in (half, eight, older)] == [[], [], []]
+    assert merge_reports([older, half])["kv_type"] == "f16"
+    assert merge_reports([eight, eight])["kv_type"] == "q8"
+    with pytest.raises(UsageError, match="kv_type: reports of unlike work cannot be merged"):
+        merge_reports([half, eight])
 
 
 def test_a_slow_probe_voids_the_roofline():
@@ -121,6 +138,8 @@ def test_a_slow_probe_voids_the_roofline():
         ({"runs": []}, "at least one"),
         ({"runs": [{"generated_tokens": [], "total_ms": 1.0, "stopped_on_eos": False}]}, r"runs\[0\]"),
         ({"decode_row": "x"}, "decode_row"),
+        ({"kv_type": "q4"}, "kv_type 'q4'"),
+        ({"environment": {"gpu": "NVIDIA H200", "gpu_idle": True, "kv_type": "q8"}}, "kv_type 'f16'"),
     ],
 )
 def test_what_cannot_be_reported(options, message):

@@ -49,6 +49,43 @@ def test_a_report_of_the_cpu_path(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "weights are quantized" in shown.err
 
 
+def test_a_report_names_the_type_of_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = []
+    for kv_type in ("f16", "q8"):
+        out = tmp_path / f"{kv_type}.json"
+        arguments = [
+            "--prompt-token-ids",
+            "0",
+            "--backend",
+            "cpu",
+            "--repeats",
+            "1",
+            "--ctx",
+            "16",
+            "--kv-type",
+            kv_type,
+        ]
+        assert run([*BASE, *arguments, "--json-out", str(out)]) == 0
+        assert f"{kv_type} cache" in capsys.readouterr().out
+        reports.append(read_json(out))
+        assert validate_report(reports[-1]) == []
+        assert (reports[-1]["kv_type"], reports[-1]["environment"]["kv_type"]) == (kv_type, kv_type)
+    arguments = [
+        "--prompt-token-ids",
+        "0",
+        "--backend",
+        "cpu",
+        "--repeats",
+        "1",
+        "--baseline",
+        str(tmp_path / "f16.json"),
+        "--kv-type",
+        "q8",
+    ]
+    assert run([*BASE, *arguments]) == 2
+    assert "kv_type is f16 there and q8 here; not the same work" in capsys.readouterr().err
+
+
 def test_the_forced_row_at_a_depth(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     arguments = ["--prompt-token-ids", "0", "--mode", "forced", "--depth", "3", "--repeats", "2", "--ctx", "9"]

@@ -213,8 +213,34 @@ def test_the_overview(compiled: Path, capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     for part in ("8,919,296 parameters", "Q4_K_M: 48 q4_k, 9 q6_k", "head_dim 128", "merge_qkv", "rope_attention"):
         assert part in shown
+    assert "f16, 8,192 bytes a position in all layers" in shown
+    assert "and 8,192 bytes of cache" in shown
     assert run(["inspect", str(compiled)]) == 0
     assert "sm_90a" in capsys.readouterr().out
+
+
+def test_the_type_of_the_cache_shows_at_every_stage(
+    compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["inspect", str(Q4), "--kv-type", "q8"]
+    assert run(given) == 0
+    shown = capsys.readouterr().out
+    assert "q8, 4,352 bytes a position in all layers" in shown
+    assert "and 4,352 bytes of cache" in shown
+    for stage in ("model", "fused", "prompt"):
+        assert run([*given, "--stage", stage, "--layer", "0"]) == 0
+        shown = capsys.readouterr().out
+        assert "q8[2,2048,128]" in shown
+        assert "f16[2,2048,128]" not in shown
+    assert run([*given, "--kernel", "rope_attention"]) == 0
+    assert "Cache::fetch" in capsys.readouterr().out
+    assert run(["inspect", str(compiled), "--kv-type", "q8"]) == 2
+    assert "is compiled already; give the model file instead" in capsys.readouterr().err
+    out = tmp_path / "q8"
+    assert run(["compile", str(Q4), "--arch", "sm_90a", "--ctx", "64", "--kv-type", "q8", "--out", str(out)]) == 0
+    assert "q8[2,64,128]" in (out / "fused.txt").read_text()
+    record = json.loads((out / "program.json").read_text())
+    assert {b["nbytes"] for b in record["buffers"] if b["dtype"] == "q8"} == {2 * 64 * 136}
 
 
 @pytest.mark.parametrize(
@@ -228,6 +254,7 @@ def test_the_overview(compiled: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--stage", "program", "--format", "dot"], "only graphs"),
         (["--diff", "merge_qkv", "--format", "json"], "--format json"),
         (["--stage", "kernel"], "--stage"),
+        (["--kv-type", "q4"], "--kv-type"),
     ],
 )
 def test_inspect_refuses(arguments: list[str], named: str, compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import click
 import pytest
+from tiny_model import Q4
 
 import psigraph.cli
 from psigraph.cli import COMMANDS, main, run
 from psigraph.cli.exit_codes import EXIT_CODES
 from psigraph.cli.shell import printable
 from psigraph.ir import errors
+from psigraph.ir.types import CACHE_DTYPES
 
 CLI = Path(psigraph.cli.__file__).parent
 
@@ -57,6 +59,24 @@ def test_each_command_has_help_with_an_example(name: str, capsys: pytest.Capture
     shown = capsys.readouterr().out
     assert f"Usage: psigraph {name}" in shown
     assert f"psigraph {name}" in shown.partition("Example")[2]
+
+
+def test_kv_type_is_an_option_wherever_a_context_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        options = {param.name: param for param in command.params}
+        assert ("ctx" not in options) or ("kv_type" in options), name
+        if "kv_type" in options:
+            kind = options["kv_type"].type
+            assert isinstance(kind, click.Choice)
+            assert tuple(kind.choices) == CACHE_DTYPES
+            given = ["--model-path", str(Q4)] if name == "bench" else [str(Q4)]
+            assert run([name, *given, "--kv-type", "q4"]) == 2
+            shown = capsys.readouterr().err
+            assert shown.count("\n") == 1, shown
+            assert "--kv-type" in shown
+            assert "'f16', 'q8'" in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

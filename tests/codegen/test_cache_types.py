@@ -1,0 +1,47 @@
+"""The rows of cache types: sizes, and the q8 layout there and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import q8_memory
+
+from psigraph.codegen.cache_types import CACHE_TYPES, TILE
+from psigraph.codegen.target import ATTENTION_BYTES, RESERVED_BYTES
+from psigraph.ir.types import CACHE_DTYPES, quantize_q8, round_q8
+
+
+def test_every_type_of_the_ir_has_a_row():
+    assert tuple(CACHE_TYPES) == CACHE_DTYPES
+
+
+@pytest.mark.parametrize(("head_dim", "kv_heads", "context"), [(16, 2, 7), (48, 1, 16), (64, 2, 33), (128, 3, 40)])
+def test_q8_memory_there_and_back(head_dim, kv_heads, context):
+    rows = np.random.default_rng(head_dim).standard_normal((kv_heads, context, head_dim)).astype(np.float32)
+    integers, scales = quantize_q8(rows)
+    memory = q8_memory.pack(integers, scales)
+    assert memory.nbytes == CACHE_TYPES["q8"].nbytes((kv_heads, context, head_dim))
+    found, factors = q8_memory.unpack(memory, kv_heads, head_dim)
+    np.testing.assert_array_equal(found[:, :context], integers)
+    np.testing.assert_array_equal(factors[:, :context], scales)
+    assert not factors[:, context:].any()
+    np.testing.assert_array_equal(q8_memory.pack(found, factors), memory)
+    np.testing.assert_array_equal(q8_memory.values_of(memory, kv_heads, head_dim)[:, :context], round_q8(rows))
+
+
+def test_bytes_of_a_position():
+    half, q8 = CACHE_TYPES["f16"], CACHE_TYPES["q8"]
+    assert half.position_bytes(128) == 256
+    assert q8.position_bytes(128) == 136  # 53 % of that
+    assert q8.position_bytes(80) == 80 + 2 * 3
+    assert half.nbytes((8, 100, 128)) == 8 * 100 * 256
+    assert q8.nbytes((8, 100, 128)) == 8 * 112 * 136  # whole tiles
+
+
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
+def test_rows_and_tiles_begin_at_16_bytes(head_dim):
+    q8 = CACHE_TYPES["q8"]
+    assert TILE * q8.position_bytes(head_dim) % 16 == 0
+    assert q8.tile_bytes(head_dim) % 32 == 0
+    for kind in CACHE_TYPES.values():
+        assert 4 * kind.tile_bytes(min(head_dim, 128)) <= ATTENTION_BYTES - RESERVED_BYTES
