@@ -22,8 +22,7 @@ class StepParts:
     head_start   declares `head_start`, where the key/value head begins.
     new_rows     declares `new_key` and `new_value`, the position's own rows in shared memory.
     query_place  where column i of a query stands, so that it meets the key's column.
-    tiles        declares `keys` and `values`, the warp's memory for a tile of each. WARP: `CacheType.warp_bytes`.
-    tiles_end    bytes of all warps' tiles, an expression.
+    tiles        declares `keys` and `values`, the warp's memory for a tile of each, in its WARP_BYTES.
     fetch        declares `fetch_keys(tile)` and `fetch_values(tile)`. SEEN: positions that earlier kernels wrote.
     prefetch     declares `prefetch_tile(tile)`: into L2, of the tile's keys and values what is there.
     put          takes columns i and HEAD_DIM / 2 + i of a new row, `a` and `b`.
@@ -36,7 +35,6 @@ class StepParts:
     new_rows: str
     query_place: str
     tiles: str
-    tiles_end: str
     fetch: str
     prefetch: str
     put: str
@@ -134,26 +132,34 @@ _HALVES = CacheType(
         tiles="""
             // Rows are padded, so that the lanes of a warp read them from different banks.
             constexpr int KEY_ROW = HEAD_DIM + 16, VALUE_ROW = HEAD_DIM + 8;
-            u16* keys = (u16*)shared_memory + warp * TILE * (KEY_ROW + VALUE_ROW);
+            u16* keys = (u16*)(shared_memory + warp * WARP_BYTES);
             u16* values = keys + TILE * KEY_ROW;
         """,
-        tiles_end="2 * WARPS * TILE * (KEY_ROW + VALUE_ROW)",
         fetch="""
             // A tile's keys or values into shared memory. Rows that are not there become zero: a weight of zero times
             // whatever lies there must be zero.
-            auto fetch = [&](u16* to, int stride, const u16* from, int tile) {
-                constexpr int PARTS = HEAD_DIM / 8;  // of 16 bytes
-                #pragma unroll 1
-                for (int i = lane; i < TILE * PARTS && tile < tiles; i += 32) {
-                    int row = i / PARTS, part = i % PARTS * 8, p = tile * TILE + row;
-                    u16* target = to + row * stride + part;
-                    if (p < SEEN) copy_16_bytes(target, from + head_start + p * HEAD_DIM + part);
-                    else *(uint4*)target = make_uint4(0u, 0u, 0u, 0u);
+            auto fetch = [&](u16* to, auto row_size, const u16* from, int tile) {
+                constexpr int PARTS = HEAD_DIM / 8, ROW = row_size.index;  // parts of 16 bytes
+                const u16* source = from + head_start + (u64)tile * TILE * HEAD_DIM;
+                const int there = SEEN - tile * TILE;  // positions
+                if (32 % PARTS == 0 && there >= TILE) {
+                    u16* target = to + lane / PARTS * ROW + lane % PARTS * 8;
+                    source += lane * 8;
+                    for_each<TILE * PARTS / 32>([&](auto i) {
+                        copy_16_bytes(target + i.index * (32 / PARTS) * ROW, source + i.index * 256);
+                    });
+                } else if (tile < tiles) {
+                    #pragma unroll 1
+                    for (int part = lane; part < TILE * PARTS; part += 32) {
+                        u16* target = to + part / PARTS * ROW + part % PARTS * 8;
+                        if (part / PARTS < there) copy_16_bytes(target, source + part * 8);
+                        else *(uint4*)target = make_uint4(0u, 0u, 0u, 0u);
+                    }
                 }
                 end_of_copies();
             };
-            auto fetch_keys = [&](int tile) { fetch(keys, KEY_ROW, k_cache, tile); };
-            auto fetch_values = [&](int tile) { fetch(values, VALUE_ROW, v_cache, tile); };
+            auto fetch_keys = [&](int tile) { fetch(keys, Index<KEY_ROW>(), k_cache, tile); };
+            auto fetch_values = [&](int tile) { fetch(values, Index<VALUE_ROW>(), v_cache, tile); };
         """,
         prefetch="""
             auto prefetch_tile = [&](int tile) {
@@ -180,8 +186,8 @@ _HALVES = CacheType(
             }
         """,
         key="""
-            uint2 low = *(const uint2*)(keys + g * KEY_ROW + step.index * 16 + 4 * t);
-            uint2 high = *(const uint2*)(keys + (g + 8) * KEY_ROW + step.index * 16 + 4 * t);
+            uint2 low = *(const uint2*)(keys + g * KEY_ROW + step * 16 + 4 * t);
+            uint2 high = *(const uint2*)(keys + (g + 8) * KEY_ROW + step * 16 + 4 * t);
             const u32 key[4] = {low.x, high.x, low.y, high.y};
         """,
         value="""
@@ -247,11 +253,9 @@ _Q8 = CacheType(
         new_rows="__shared__ Cache::Row new_key, new_value;",
         query_place="Cache::query_place(i)",
         tiles="""
-            constexpr int WARP_BYTES = WARP;  // a tile of keys and one of values; later what the warp sends
             u8* keys = shared_memory + warp * WARP_BYTES;
             u8* values = keys + Cache::SHARED;
         """,
-        tiles_end="WARPS * WARP_BYTES",
         fetch="""
             // A tile's keys or values into shared memory. Rows that are not there become zero: a weight of zero times
             // whatever lies there must be zero.
@@ -289,7 +293,7 @@ _Q8 = CacheType(
         """,
         key="""
             u32 key[4];
-            Cache::key(key, keys, step.index, lane);
+            Cache::key(key, keys, step, lane);
         """,
         value="""
             u32 value[4];

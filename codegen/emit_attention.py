@@ -7,10 +7,9 @@ operands and float32 sums. Queries and softmax weights are cut in two halves eac
 sit in columns that would be empty otherwise, so that nothing is lost beside the cache's own float16.
 How a tile gets into shared memory and becomes halves is the cache type's (`cache_types.py`).
 
-Each warp keeps a running softmax (Milakov and Gimelshein 2018); the warps' results are added up as in
-FlashDecoding, in a fixed order: where blocks form clusters, through the shared memory of the cluster's
-blocks, each of which finishes a part of the head's values; elsewhere by the last block of a head that
-finishes. How many tiles there are depends on the position, read on the device, so that one captured
+Results are added up in the cluster, or in memory (`attention_gather.py`).
+
+How many tiles there are depends on the position, read on the device, so that one captured
 graph serves every token.
 """
 
@@ -20,8 +19,8 @@ import math
 
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node
+from .attention_gather import gather
 from .cache_types import CACHE_TYPES, TILE, CacheType, StepParts
-from .digits import store_digits
 from .emission import Context, Emitted
 from .writer import Writer, c_float, inset, signature
 
@@ -30,7 +29,7 @@ ATTENTION_OPS = ("rope_append", "rope_attention", "attention")
 WARPS = 4
 THREADS = 32 * WARPS
 MAX_SPLITS = 32
-TILES_AHEAD = 3  # of each warp, on their way into L2
+TILES_AHEAD = 2  # of each warp, on their way into L2
 
 
 def emit_attention(node: Node, ctx: Context) -> Emitted:
@@ -68,32 +67,35 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     result = node.outs[0]
     quantized = result.type.dtype == "i8x2"
     take("u8* y" if quantized else "float* y", ctx.write(result))
-    slots, gathered = WARPS * splits, group * head_dim // (splits if clusters else 1)
-    touched = -(-gathered // head_dim) + (head_dim % gathered != 0 and gathered % head_dim != 0)  # heads of a block
+    mine = group * head_dim // splits  # of the head's values, finished by a block of a cluster
+    touched = -(-mine // head_dim) + (head_dim % mine != 0 and mine % head_dim != 0)  # heads that those belong to
     if attend and not clusters:
-        take("float* gathered", ctx.scratch("gathered", kv_heads * slots * group * head_dim * 4))
-        take("float2* tops", ctx.scratch("tops", kv_heads * slots * group * 8))
+        take("float* parts", ctx.scratch("parts", kv_heads * splits * group * head_dim * 4))
+        take("float2* part_tops", ctx.scratch("part_tops", kv_heads * splits * group * 8))
         take("u32* arrived", ctx.scratch("arrived", kv_heads * 4, zeroed=True))
     take("int context", ctx.ctx)
 
-    warp_bytes = held.tile_bytes(head_dim)
-    if clusters:  # where its tiles were, a warp collects what it sends
-        warp_bytes = max(warp_bytes, group * head_dim * 4)
+    # Where its tiles were, a warp collects its part; there the last block has the shares of all blocks.
+    warp_bytes = max(held.tile_bytes(head_dim), group * (head_dim * 4 + 8), group * (splits + 4))
     writer = Writer()
     with writer.block(signature(THREADS, parameters, ctx.target.attention_registers)):
         writer.lines(f"""
             constexpr int HEAD_DIM = {head_dim}, SPLITS = {splits};  // blocks of a key/value head
             constexpr int GROUP = {group};  // query heads that share a key/value head
             const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-            const int kv_head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
             const int now = from_earlier_step(position);
-{inset(held.step.head_start, 12)}
         """)
         if attend:
             writer.lines(f"""
                 constexpr int WARPS = {WARPS}, TILE = {TILE};  // positions
-                constexpr int SLOTS = WARPS * SPLITS;  // warps of a key/value head
-                const int tiles = now / TILE + 1, place = warp * SPLITS + split;
+                constexpr int SLOTS = WARPS * SPLITS, WARP_BYTES = {warp_bytes};
+                const int tiles = now / TILE + 1;
+            """)
+        writer.line("const int kv_head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;")
+        writer.lines(held.step.head_start)
+        if attend:
+            writer.lines("""
+                const int place = warp * SPLITS + split;
                 const bool owner = (tiles - 1) % SPLITS == split;  // this block has the tile of the new position
                 constexpr int SETS = (GROUP + 3) / 4;  // of four query heads, of each its high and its low halves
                 __shared__ __align__(16) u16 queries[SETS * 8][HEAD_DIM + 16];
@@ -107,7 +109,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
                 __shared__ float norm_weights[2][HEAD_DIM];
             """)
         if attend:
-            _memory(writer, held, warp_bytes, clusters, gathered, touched)
+            _memory(writer, held, clusters, mine, touched)
             writer.lines(held.step.fetch.replace("SEEN", "now" if rotate else "now + 1"))
             if rotate:
                 writer.line("// Keys and values of earlier positions were written by earlier steps: no need to wait.")
@@ -149,11 +151,15 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
         if attend:
             writer.line("__syncthreads();")
             _attend(writer, held.step, rotate)
-            if clusters:
-                _gather_in_cluster(writer, quantized, heads * head_dim, gathered)
-            else:
-                _gather_in_memory(writer, quantized, heads * head_dim)
-    dynamic = WARPS * warp_bytes + (slots * (gathered * 4 + touched * 8) if clusters else 0)
+            gather(
+                writer,
+                threads=THREADS,
+                mine=mine,
+                clusters=clusters,
+                quantized=quantized,
+                size=heads * head_dim,
+            )
+    dynamic = WARPS * warp_bytes + (WARPS * splits * (mine * 4 + touched * 8) if clusters else 0)
     return Emitted(
         stem=node.op,
         body=held.with_header(writer.text()),
@@ -177,13 +183,13 @@ def _splits(ctx: Context, kv_heads: int, values: int) -> int:
     return splits
 
 
-def _memory(writer: Writer, held: CacheType, warp_bytes: int, clusters: bool, gathered: int, touched: int) -> None:
+def _memory(writer: Writer, held: CacheType, clusters: bool, mine: int, touched: int) -> None:
     writer.line("extern __shared__ __align__(16) u8 shared_memory[];")
-    writer.lines(held.step.tiles.replace("WARP;", f"{warp_bytes};"))
+    writer.lines(held.step.tiles)
     if clusters:
         writer.lines(f"""
-            constexpr int MINE = {gathered};  // of the head's values, finished by this block
-            float* gathered = (float*)(shared_memory + {held.step.tiles_end});  // [place][MINE]
+            constexpr int MINE = {mine};  // of the head's values, finished by this block
+            float* gathered = (float*)(shared_memory + WARPS * WARP_BYTES);  // [place][MINE]
             constexpr int HEADS = {touched};  // that those belong to, at most
             const int FIRST = split * MINE / HEAD_DIM, LAST = ((split + 1) * MINE - 1) / HEAD_DIM;
             float2* tops = (float2*)(gathered + SLOTS * MINE);  // [place][head - FIRST]: maximum, sum of weights
@@ -275,19 +281,22 @@ def _attend(writer: Writer, cache: StepParts, rotate: bool) -> None:
     later = f"prefetch_tile(tile + {TILES_AHEAD + 1} * SLOTS);" if rotate else ""
     writer.lines(
         """
-            constexpr int CHAINS = SETS == 1 && STEPS > 1 ? 2 : 1;  // of sums: a product need not wait for the last one
+            constexpr int CHAINS = SETS == 1 && STEPS % 2 == 0 ? 2 : 1;  // of sums, side by side
             float chains[SETS][CHAINS][4], scores[SETS][4];
             for_each<SETS>([&](auto set) {
                 for_each<CHAINS * 4>([&](auto i) { chains[set.index][i.index / 4][i.index % 4] = 0.0f; });
             });
-            for_each<STEPS>([&](auto step) {
+            #pragma unroll 2
+            for (int first = 0; first < STEPS; first += CHAINS)
+                for_each<CHAINS>([&](auto chain) {
+                    const int step = first + chain.index;
 LOAD_KEY
-                for_each<SETS>([&](auto set) {
-                    uint2 both = *(const uint2*)(queries[set.index * 8 + g] + step.index * 16 + 4 * t);
-                    const u32 query[2] = {both.x, both.y};
-                    dot_halves(chains[set.index][step.index % CHAINS], key, query, lane);
+                    for_each<SETS>([&](auto set) {
+                        uint2 both = *(const uint2*)(queries[set.index * 8 + g] + step * 16 + 4 * t);
+                        const u32 query[2] = {both.x, both.y};
+                        dot_halves(chains[set.index][chain.index], key, query, lane);
+                    });
                 });
-            });
             for_each<SETS>([&](auto set) {
                 for_each<4>([&](auto i) {
                     const float other = CHAINS > 1 ? chains[set.index][CHAINS - 1][i.index] : 0.0f;
@@ -316,7 +325,7 @@ LOAD_KEY
                 });
             });
             wait_for_copies_but_last();
-    """.replace("LOAD_KEY", inset(cache.key, 16)).replace("PREFETCH_LATER", later)
+    """.replace("LOAD_KEY", inset(cache.key, 20)).replace("PREFETCH_LATER", later)
     )
     if rotate:
         writer.lines(_new_row(cache, "value"))
@@ -337,138 +346,3 @@ LOAD_VALUE
 
 def _new_row(cache: StepParts, what: str) -> str:
     return cache.new_row.replace("WHAT", what).replace("UPPER", what.upper())
-
-
-_SEND = """
-
-        // This warp's part of each head: weighted values, maximum and sum of weights.
-        if (place < tiles) {{
-            for_each<SETS>([&](auto set) {{
-                const int head = set.index * 4 + t;
-                const float2 mine = make_float2(top[set.index], rows_sum(total[set.index]));
-                if (head < GROUP) {{
-                    for_each<STEPS>([&](auto step) {{
-                        const float* pairs = sum[set.index][step.index];
-                        const int o = head * HEAD_DIM + step.index * 16 + g;
-                        {low}
-                        {high}
-                    }});
-                    {tops}
-                }}
-            }});
-        }}
-"""
-
-_SHARES = """
-        // What the part of each of the head's warps counts for in the softmax over all of them.
-        __shared__ __align__(16) float shares[{heads}][(SLOTS + 3) / 4 * 4], weights_of_head[{heads}];
-        #pragma unroll 1
-        for (int head = FIRST + warp; head <= LAST; head += WARPS) {{
-            float highest = -1e30f, weights = 0.0f;
-            for (int s = lane; s < count; s += 32) highest = fmaxf(highest, {top}.x);
-            highest = warp_max(highest);
-            for (int s = lane; s < (SLOTS + 3) / 4 * 4; s += 32) {{
-                const float2 theirs = s < count ? {top} : make_float2(highest, 0.0f);
-                const float share = s < count ? exp2_fast(theirs.x - highest) : 0.0f;
-                shares[head - FIRST][s] = share;
-                weights += share * theirs.y;
-            }}
-            weights = lanes_sum(weights, 32);
-            if (lane == 0) weights_of_head[head - FIRST] = weights;
-        }}
-        __syncthreads();
-"""
-
-_ADD_UP = """
-            const int head = o / HEAD_DIM - FIRST;
-            float value = 0.0f, odd = 0.0f;
-            #pragma unroll 2
-            for (int s = 0; s < count; s += 4) {{
-                const float4 share = *(const float4*)(shares[head] + s);
-                value += share.x * {part}(s);
-                odd += share.y * (s + 1 < count ? {part}(s + 1) : 0.0f);
-                value += share.z * (s + 2 < count ? {part}(s + 2) : 0.0f);
-                odd += share.w * (s + 3 < count ? {part}(s + 3) : 0.0f);
-            }}
-            value = divide(value + odd, weights_of_head[head]);
-"""
-
-
-def _gather_in_cluster(writer: Writer, quantized: bool, size: int, gathered: int) -> None:
-    """Every block finishes MINE of the head's values; the others send it theirs."""
-    writer.line("float* const outbox = (float*)keys;  // [query head][HEAD_DIM], where this warp's tiles were")
-    writer.lines(
-        _SEND.format(
-            low="outbox[o] = pairs[0] + pairs[1];",
-            high="outbox[o + 8] = pairs[2] + pairs[3];",
-            tops="""for (int b = head * HEAD_DIM / MINE + g; b <= ((head + 1) * HEAD_DIM - 1) / MINE; b += 8)
-                        send_to_block(tops + place * HEADS + head - b * MINE / HEAD_DIM, b, mine, &all_sent);""",
-        )
-    )
-    with writer.block("if (place < tiles)"):
-        writer.lines("""
-            __syncwarp();
-            for (int o = 4 * lane; o < GROUP * HEAD_DIM; o += 128) {
-                float4* there = (float4*)(gathered + place * MINE + o % MINE);
-                send_to_block(there, o / MINE, *(const float4*)(outbox + o), &all_sent);
-            }
-        """)
-    writer.lines("""
-        wait_for_bytes(&all_sent);
-    """)
-    writer.lines(_SHARES.format(heads="HEADS", top="tops[s * HEADS + head - FIRST]"))
-    padded = -(-gathered // 32) * 32
-    loop = f"for (int i = threadIdx.x; i < {padded}; i += {THREADS})"
-    with writer.block(f"if (threadIdx.x < {padded})" if padded <= THREADS else loop):
-        if padded <= THREADS:
-            writer.line("const int i = threadIdx.x;")
-        writer.lines("""
-            const bool inside = i < MINE;
-            const int o = split * MINE + (inside ? i : 0), at = kv_head * GROUP * HEAD_DIM + split * MINE + i;
-            auto part = [&](int s) { return gathered[s * MINE + (inside ? i : 0)]; };
-        """)
-        writer.lines(_ADD_UP.format(part="part"))
-        _store(writer, quantized, size)
-
-
-def _gather_in_memory(writer: Writer, quantized: bool, size: int) -> None:
-    """The last block of a head to finish adds all parts up."""
-    mine = "(kv_head * SLOTS + place) * GROUP"
-    writer.lines(
-        _SEND.format(
-            low=f"gathered[{mine} * HEAD_DIM + o] = pairs[0] + pairs[1];",
-            high=f"gathered[{mine} * HEAD_DIM + o + 8] = pairs[2] + pairs[3];",
-            tops=f"if (g == 0) tops[{mine} + head] = mine;",
-        )
-    )
-    writer.lines("""
-        __shared__ u32 finished;
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) finished = atomicAdd(arrived + kv_head, 1u);
-        __syncthreads();
-        if (finished != (u32)(tiles < SPLITS ? tiles : SPLITS) - 1) return;
-        __threadfence();
-        if (threadIdx.x == 0) arrived[kv_head] = 0u;
-    """)
-    writer.lines("""
-        const int count = tiles < SLOTS ? tiles : SLOTS;
-        constexpr int FIRST = 0, LAST = GROUP - 1;
-    """)
-    place = "(kv_head * SLOTS + s) * GROUP"
-    writer.lines(_SHARES.format(heads="GROUP", top=f"fresh(tops + {place} + head)"))
-    with writer.block(f"for (int i = threadIdx.x; i < (GROUP * HEAD_DIM + 31) / 32 * 32; i += {THREADS})"):
-        writer.lines(f"""
-            const bool inside = i < GROUP * HEAD_DIM;
-            const int o = inside ? i : 0, at = kv_head * GROUP * HEAD_DIM + i;
-            auto part = [&](int s) {{ return fresh(gathered + {place} * HEAD_DIM + o); }};
-        """)
-        writer.lines(_ADD_UP.format(part="part"))
-        _store(writer, quantized, size)
-
-
-def _store(writer: Writer, quantized: bool, size: int) -> None:
-    if quantized:
-        writer.line(store_digits("y", "value", size, "inside"))
-    else:
-        writer.line("if (inside) y[at] = value;")

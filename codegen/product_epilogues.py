@@ -144,16 +144,14 @@ def _residual(product: Product) -> Epilogue:
                 int unit = blockIdx.x + (row >> 4) * GRID, at = unit * 16 + (row & 15);
                 bool inside = row < block_tiles * 16;
                 float value = 0.0f;
-                if (inside && at < {rows}) {{
-                    value = early_residual[row] + row_sum(row);
-                    sum[at] = value;
-                }}
+                if (inside && at < {rows}) value = early_residual[row] + row_sum(row);
+                if (inside && at < {rows}) sum[at] = value;
             """)
             if norm:
                 writer.line("float weighted = inside ? value * early_weight[row] : 0.0f;")
-                _store_vector(writer, "scaled", "weighted", rows, quantized)
                 writer.line("float square_sum = lanes_sum(value * value, 16);")
                 writer.line("if (inside && (row & 15) == 0) squares[unit] = square_sum;")
+                _store_vector(writer, "scaled", "weighted", rows, quantized)
 
     return Epilogue(write, before_wait, after_wait)
 

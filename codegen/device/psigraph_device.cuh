@@ -81,6 +81,15 @@ DEVICE u32 multiply_halves(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;"
 
 DEVICE u32 byte_of_word(u32 word, int index) { return (word >> (8 * index)) & 0xffu; }
 DEVICE float byte_to_float(u32 word, int index) { return (float)byte_of_word(word, index); }
+// The same without a conversion, which would share its pipe with everything that is integer: a float of 2^23 and more has
+// an integer in its last bits. `bits`: `bits_of_2_23()`, in a register.
+#ifdef PSIGRAPH_HOST
+DEVICE u32 bits_of_2_23() { return 0x4b000000u; }
+DEVICE float byte_to_float(u32 word, int index, u32 bits) { return bits_to_float(bits | byte_of_word(word, index)) - 8388608.0f; }
+#else
+DEVICE u32 bits_of_2_23() { return __shfl_sync(FULL_WARP, 0x4b000000u, 0); }  // a constant would be set again at each use
+DEVICE float byte_to_float(u32 word, int index, u32 bits) { return bits_to_float(__byte_perm(word, bits, 0x7440 | index)) - 8388608.0f; }
+#endif
 DEVICE float signed_byte_to_float(u32 word, int index) { return (float)(s8)(word >> (8 * index)); }
 DEVICE float silu(float x) { return divide(x, 1.0f + exp2_fast(-1.4426950408889634f * x)); }
 
@@ -405,6 +414,7 @@ DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) {
 struct Digits {
     u32 digits[4];
     float scale[4], bias[4], minimum_bias[2];
+    u32 number;  // `bits_of_2_23`, for types with minima
     // words, factors: where this lane reads its block (`first_words`, `first_factors`).
     METHOD void load(const uint4* words, const float4* factors) {
         uint4 four = fresh(words);
@@ -415,6 +425,7 @@ struct Digits {
     }
     // Only Q4_K and Q5_K need it.
     METHOD void find_minimum_bias(int lane) {
+        number = bits_of_2_23();
         float of_half[4];
 #pragma unroll
         for (int c = 0; c < 4; c++) of_half[c] = bias[c] + __shfl_xor_sync(FULL_WARP, bias[c], 1);
@@ -487,13 +498,14 @@ DEVICE void dot_with_minimum(const u8* superblock, const u8* header, const Digit
         QUANTS::unpack(weights, superblock, c, lane);
         int sums[4] = {0, 0, 0, 0};
         dot_chunk(sums, weights, x.digits[c], lane);
-        low += x.scale[c] * (float)((int)byte_of_word(six.low_scales, c) * integer_sum(sums));
-        high += x.scale[c] * byte_to_float(six.high_scales, c) * (float)integer_sum(sums + 2);
+        low += x.scale[c] * byte_to_float(six.low_scales, c, x.number) * (float)integer_sum(sums);
+        high += x.scale[c] * byte_to_float(six.high_scales, c, x.number) * (float)integer_sum(sums + 2);
     }
-    u32 low_minima = six.low_minima >> ((lane & 1) * 16), high_minima = six.high_minima >> ((lane & 1) * 16);
+    const int at = 2 * (lane & 1);
     float first = x.minimum_bias[0], second = x.minimum_bias[1];
-    low_row += six.low_d.x * low - six.low_d.y * (byte_to_float(low_minima, 0) * first + byte_to_float(low_minima, 1) * second);
-    high_row += six.high_d.x * (1.0f / QUANTS::HIGH) * high - six.high_d.y * (byte_to_float(high_minima, 0) * first + byte_to_float(high_minima, 1) * second);
+    low_row += six.low_d.x * low - six.low_d.y * (byte_to_float(six.low_minima, at, x.number) * first + byte_to_float(six.low_minima, at + 1, x.number) * second);
+    high_row += six.high_d.x * (1.0f / QUANTS::HIGH) * high -
+                six.high_d.y * (byte_to_float(six.high_minima, at, x.number) * first + byte_to_float(six.high_minima, at + 1, x.number) * second);
 }
 DEVICE float value_with_minimum(const u8* header, int quant, int row, int column) {
     SixBit six;
@@ -737,8 +749,8 @@ DEVICE u32 every_other_byte(u32 first, u32 second, int odd) { return __byte_perm
 template <int COPIES, int COPY_BYTES> DEVICE void store_digits(u8* vector, int index, float value, bool inside) {
     float amax = half_warp_max(fabsf(value));
     bool alive = amax >= 1.50463277e-36f;  // 128 * smallest normal number: below, 127 / amax could overflow
-    float inverse = alive ? divide(127.0f, amax) : 0.0f;
-    float scaled = value * inverse;
+    float inverse = divide(127.0f, alive ? amax : 1.0f);  // no branch around it, so that it overlaps with what is beside it
+    float scaled = alive ? value * inverse : 0.0f;
     int high = round_to_int(scaled);
     int low = round_to_int((scaled - (float)high) * 254.0f);
     int sum = half_warp_sum(254 * high + low);
