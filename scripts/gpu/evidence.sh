@@ -67,6 +67,7 @@ for part in $parts; do
         bench decode-1.7b-q4_k_m "$file" --model-size 1.7b --profile
         bench decode-1.7b-q4_k_m-forced "$file" --mode forced
         bench decode-1.7b-q4_k_m-d4096 "$file" --depth 4096 --ctx 5120
+        bench decode-1.7b-q4_k_m-d4096-q8-cache "$file" --depth 4096 --ctx 5120 --kv-type q8
         ;;
     sweep)
         run sweep "${psigraph[@]}" bench --model-path "$(model 1.7b q4_k_m)" --backend cuda --prompt-token-ids 151644 \

@@ -101,6 +101,48 @@ def test_a_prompt_by_chunks_is_one_token_by_token(quant: str, prefill: str) -> N
         assert "tokens at once" in session.prefill
 
 
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_cache_in_8_bits(quant: str) -> None:
+    """Steps and chunks lose what numpy loses, around the edges of tiles too.
+
+    Not one by one: where a value lies between two integers the smallest difference decides, and later layers see it.
+    """
+    ids = np.random.default_rng(8).integers(0, 4000, 513).tolist()
+    lengths = (1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 300, 513)
+    model = TINY / f"tiny-qwen3-{quant}.gguf"
+
+    def in_numpy(**options: Any) -> np.ndarray:
+        rows = []
+        with open_session(model, "cpu", outputs=("logits",), **options) as session:
+            for length in lengths:
+                session.feed(ids[session.position : length])
+                rows.append(session.engine.logits())
+        return np.stack(rows)
+
+    exact = in_numpy(cache_dtype="f32")
+    loss = divergence(exact, in_numpy(kv_type="q8"))
+    ways: tuple[dict[str, Any], ...] = (
+        {"prefill": "off"},
+        {"prefill": "own"},
+        {"prefill": "off", "disable": ("fuse_attention", "fuse_rope_append")},
+    )
+    for options in ways:
+        rows = []
+        with tiny(quant, outputs=("logits",), kv_type="q8", **options) as session:
+            for length in lengths:
+                runs = []
+                for _ in range(2):
+                    session.reset()
+                    session.feed(ids[:length])
+                    runs.append(session.engine.logits())
+                assert runs[0].tobytes() == runs[1].tobytes(), (options, length)
+                rows.append(runs[0])
+        found = divergence(exact, np.stack(rows))
+        print(f"{quant} q8 cache, {options}: mean KL {found.mean():.3e}, in numpy {loss.mean():.3e}")
+        assert found.mean() <= 2 * loss.mean(), options
+        assert found.max() <= 4 * loss.max(), options
+
+
 def test_a_model_of_real_size_repeats_itself_and_keeps_within_its_memory(tmp_path: Path) -> None:
     path = write_synth(tmp_path / "synth-1.7b.gguf", "1.7b", "q4_k_m", seed=1)
     with open_session(path, "cuda", ctx=4096 + 64) as session:
