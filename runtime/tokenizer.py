@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from ..ir.errors import ModelFileError, UnsupportedModelError, UsageError
 from .byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
 from .gguf_file import GgufFile
+from .gguf_strings import StringArray
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -147,9 +148,9 @@ def _strings(file: GgufFile, name: str) -> list[str]:
     value = file.metadata.get(key)
     if value is None:
         raise _unsupported(key, None, "the file must carry its vocabulary")
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, (StringArray, list)) or not value:
         raise _broken(file, key, "must be an array of strings that is not empty")
-    return value
+    return list(value)
 
 
 def _broken(file: GgufFile, key: str, what: str) -> ModelFileError:
@@ -184,7 +185,7 @@ def end_tokens(file: GgufFile) -> tuple[int, ...]:
     Raises ModelFileError where an id is outside the vocabulary.
     """
     tokens = file.metadata.get(f"{_PREFIX}tokens")
-    return _end_tokens(file, tokens if isinstance(tokens, list) else [])
+    return _end_tokens(file, tokens if isinstance(tokens, (StringArray, list)) else [])
 
 
 def _end_tokens(file: GgufFile, tokens: Sequence[str]) -> tuple[int, ...]:
