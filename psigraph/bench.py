@@ -19,6 +19,7 @@ import numpy as np
 from .artifact import admit_file, artifact_record, check_model_size
 from .build import Model
 from .environment import GpuSnapshot, machine_record, peak_memory_bytes, seconds_since_start
+from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import UsageError
 from .policy import Admission
 from .profile import POSITIONS, Profile, measure_profile
@@ -119,16 +120,19 @@ def prepared(
     prompt_tokens: int = 0,
     prefill: str = "auto",
     filling: Filling = BENCH_FILLING,
+    start: GpuStart | None = None,
     **hooks: Any,
 ) -> Iterator[Bench]:
     """A session in which `work` can be measured.
 
-    The GPU's state is asked for first, then the policy; only an admitted file's weights are read. hooks: on_load and
-    on_compile of `open_session`, on_hash of `admit_file`. prompt_tokens: of the prompt that `prompt_record` is to
-    measure, 0 for none. extra_positions: that a profile needs besides. on_size: gets
-    the model's size before a weight is read; may raise. prompt_name, filling: words for errors.
+    The GPU's state is asked for before this process is on it, and the policy before an admitted file's weights are
+    read. start: the GPU's driver, on its way already, best with a snapshot. hooks: on_load and on_compile of
+    `open_session`, on_hash of `admit_file`. prompt_tokens: of the prompt that `prompt_record` is to measure, 0 for
+    none. extra_positions: that a profile needs besides. on_size: gets the model's size before a weight is read; may
+    raise. prompt_name, filling: words for errors.
     """
-    snapshot = GpuSnapshot() if backend in ("auto", "cuda") else None
+    if start is None and backend in GPU_BACKENDS:
+        start = GpuStart(device, with_snapshot=True)
     on_hash = hooks.pop("on_hash", None)
     admissions: list[Admission] = []
     sizes: list[str] = []
@@ -147,16 +151,23 @@ def prepared(
 
     outputs = ("logits",) if work.mode == "forced" else ()
     positions = max(work.positions + extra_positions, prompt_tokens)
-    with open_session(
-        *(path, backend, device, ctx, outputs, graph, disable),
-        positions=positions,
-        prefill=prefill,
-        admit=admit,
-        check=check,
-        filling=filling,
-        **hooks,
-    ) as session:
-        yield Bench(session, admissions[0], sizes[0], snapshot)
+    try:
+        session = open_session(
+            *(path, backend, device, ctx, outputs, graph, disable),
+            positions=positions,
+            prefill=prefill,
+            admit=admit,
+            check=check,
+            filling=filling,
+            start=start,
+            **hooks,
+        )
+    except BaseException:
+        if start is not None:
+            start.close()
+        raise
+    with session:
+        yield Bench(session, admissions[0], sizes[0], start.snapshot() if start is not None else None)
 
 
 def run_bench(

@@ -11,16 +11,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from . import gpu_start
 from .build import Model, fuse, open_model
 from .codegen.lower import lower
 from .codegen.target import Target, arch_of_capability, target_for
+from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
@@ -222,6 +223,7 @@ def open_session(
     admit: Callable[[GgufFile], None] | None = None,
     check: Callable[[Model], None] | None = None,
     filling: Filling = Filling(),
+    start: GpuStart | None = None,
     on_load: Progress | None = None,
     on_compile: Progress | None = None,
 ) -> Session:
@@ -243,6 +245,7 @@ def open_session(
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
     filling      how errors speak of `positions`.
+    start        the driver of GPU `device`, on its way already; the session owns it then.
     on_load      (bytes read, bytes in all); on_compile: (kernels compiled, kernels in all).
 
     Raises the errors of `open_model`, UsageError for options that cannot work, DeviceError and OutOfMemoryError.
@@ -257,22 +260,21 @@ def open_session(
     check_prefill(prefill, backend)
     opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, on_load, on_compile)
     # A driver takes a third of a second to start, which the header and the passes can use.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None
-        model: Model | None = None
-        try:
-            began = time.perf_counter()
-            model = open_model_for(path, ctx, positions, admit, filling)
-            if check is not None:
-                check(model)
-            opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
-            return opener.open(model, backend, starting)
-        except BaseException:
-            if starting is not None and starting.exception() is None:
-                starting.result().close()
-            if model is not None:
-                model.file.close()
-            raise
+    starting = (start or GpuStart(device)) if backend in GPU_BACKENDS else None
+    model: Model | None = None
+    try:
+        began = time.perf_counter()
+        model = open_model_for(path, ctx, positions, admit, filling)
+        if check is not None:
+            check(model)
+        opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
+        return opener.open(model, backend, starting)
+    except BaseException:
+        if starting is not None:
+            starting.close()
+        if model is not None:
+            model.file.close()
+        raise
 
 
 def open_model_for(
@@ -321,13 +323,6 @@ def check_ids(ids: Sequence[int], vocabulary: int, named: str = "") -> None:
             raise UsageError(f"{begin}token id {token} is outside the vocabulary; ids are 0 to {vocabulary - 1}")
 
 
-def _start_driver(device: int) -> Driver:
-    """The driver's context, made in a thread of its own; whoever uses it makes it current there."""
-    from .runtime.driver import Driver
-
-    return Driver(device)
-
-
 class _Opener:
     """The options of `open_session` on their way to an engine."""
 
@@ -350,7 +345,7 @@ class _Opener:
         self.timings: dict[str, float] = {}
         self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if sampling else {}
 
-    def open(self, model: Model, backend: str, starting: Future[Driver] | None) -> Session:
+    def open(self, model: Model, backend: str, starting: GpuStart | None) -> Session:
         ends = _end_tokens(model)
         began = time.perf_counter()
         fused = fuse(model.graph(self.outputs, self.sampling), self.disable)[0]
@@ -368,7 +363,7 @@ class _Opener:
 
         began = time.perf_counter()
         host.activate()
-        driver = _start_driver(self.device)
+        driver = gpu_start.start_driver(self.device)
         self._lap("driver_ms", began)
         return self._on_device("host", model, fused, ends, driver)
 
@@ -456,10 +451,10 @@ class _Opener:
             self.timings[f"{name}_ms"] = 1e3 * getattr(timings, f"{name}_s")
 
 
-def _settled(starting: Future[Driver], may_fail: bool) -> tuple[Driver | None, str]:
+def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
     """The started driver, or (None, why not) where another backend may take its place."""
     try:
-        driver = starting.result()
+        driver = starting.take()
     except DeviceError as error:
         if may_fail:
             return None, str(error)
@@ -483,7 +478,7 @@ def _settled(starting: Future[Driver], may_fail: bool) -> tuple[Driver | None, s
 
 
 def _end_tokens(model: Model) -> tuple[int, ...]:
-    from .runtime.tokenizer import end_tokens
+    from .runtime.end_tokens import end_tokens
 
     return end_tokens(model.file)
 
@@ -491,7 +486,7 @@ def _end_tokens(model: Model) -> tuple[int, ...]:
 def present_target() -> Target | None:
     """The target of GPU 0 of this machine, with its number of multiprocessors; None where no GPU works."""
     try:
-        driver = _start_driver(0)
+        driver = gpu_start.start_driver(0)
     except DeviceError:
         return None
     try:

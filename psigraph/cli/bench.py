@@ -13,6 +13,7 @@ from ..ir.errors import UsageError
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
 from ..policy import Admission
 from ..report import validate_report
+from .begin_gpu import begin_gpu
 from .options import (
     DEPTHS,
     FILE_PATH,
@@ -126,6 +127,7 @@ def command(
     if json_out is not None:
         (check_new_folder if sweep else check_writable)(json_out)
     before = read_json(baseline) if baseline is not None else None
+    start = begin_gpu(backend, device, with_snapshot=True)
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
     from ..baseline import check_baseline, check_work, compare_reports
     from ..bench import run_bench, run_sweep
@@ -153,6 +155,7 @@ def command(
             "model_size": model_size,
             "allow_blocked": allow_blocked,
             "expect_sha256": expect_sha256,
+            "start": start,
             "on_admission": _warn,
             "on_size": check_size,
             "prompt_name": "--prompt-token-ids" if given else "--prompt-token-ids (not given, so 151644)",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError
+from .begin_gpu import begin_gpu
 from .chat_input import entries, reader
 from .options import MODEL_PATH, admission_options, backend_option, policy_option, prefill_option, run_options
 from .sampling_options import new_seed, sampling_options
@@ -81,6 +82,7 @@ def command(
 ) -> None:
     """Talk with MODEL."""
     read = reader(script)
+    start = begin_gpu(backend, device)
     from dataclasses import replace
 
     from ..api import LanguageModel
@@ -103,6 +105,7 @@ def command(
             allow_blocked_quantization=allow_blocked,
             expect_sha256=expect_sha256,
             policy=policy,
+            start=start,
             warn=lambda warning: click.echo(f"psigraph: warning: {warning}", err=True),
             on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
             on_load=bars.bar("loading weights", in_bytes=True),

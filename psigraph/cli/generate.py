@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import UsageError
+from .begin_gpu import begin_gpu
 from .options import (
     MODEL_PATH,
     TOKEN_IDS,
@@ -104,6 +105,7 @@ def command(
     """Continue a prompt with MODEL, written as it comes."""
     _check_output(output, as_json, stream, stop, logprobs)
     text = _prompt_text(prompt, prompt_file, ids)
+    start = begin_gpu(backend, device)
     from ..artifact import admit_file
     from ..build import Model
     from ..generation import GREEDY, Decoder, Limits
@@ -153,6 +155,7 @@ def command(
                 sampling=not sampler.greedy,
                 admit=admit,
                 check=check,
+                start=start,
                 on_load=bars.bar("loading weights", in_bytes=True),
                 on_compile=bars.bar("compiling kernels"),
             )
