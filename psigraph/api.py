@@ -110,8 +110,12 @@ class LanguageModel:
             **self._options,
             **hooks,
         )
-        if self.session.backend == "cuda":  # elsewhere kernels take longer to compile than most prompts to run
-            self.session.expect_prompt(LONG_PROMPT)
+        try:
+            if self.session.backend == "cuda":  # elsewhere kernels take longer to compile than most prompts to run
+                self.session.expect_prompt(LONG_PROMPT)
+        except BaseException:
+            self.session.close()
+            raise
         self._decoder = Decoder(self.session)
 
     def _have(self, *, sampling: bool = False, logits: bool = False) -> None:

@@ -97,6 +97,9 @@ class NumpyEngine:
                     progress(self.timings.bytes_loaded, total)
         return weights
 
+    chunked = False
+    prefill_way = "token by token: numpy"
+
     def reset(self) -> None:
         """Back to position 0; the cache's old contents are never read again."""
         for name in ("token", "position", "stop"):

@@ -20,13 +20,13 @@ import numpy as np
 from . import gpu_start
 from .build import Model, fuse, open_model
 from .codegen.lower import lower
-from .codegen.target import Target, arch_of_capability, target_for
+from .codegen.target import Target, arch_of_capability, stand_in_target, target_for
 from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
 from .passes.use_sampler import SAMPLER
-from .prefill import check_prefill, prefill_maker
+from .prefill import EXPLICIT, check_prefill, prefill_maker
 from .report import ENGINES
 from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import KernelCache, default_cache_dir
@@ -61,6 +61,10 @@ class DecodeEngine(Protocol):
 
     @property
     def has_logits(self) -> bool: ...
+    @property
+    def chunked(self) -> bool: ...
+    @property
+    def prefill_way(self) -> str: ...
 
     def reset(self) -> None: ...
     def rewind(self, position: int) -> None: ...
@@ -137,17 +141,22 @@ class Session:
     @property
     def prefill(self) -> str:
         """How long prompts go in: "own kernels, 512 tokens at once", or "token by token" and why."""
-        return getattr(self.engine, "prefill_way", "token by token: numpy")
+        return self.engine.prefill_way
+
+    def prefill_of(self, tokens: int) -> str:
+        """How a prompt of so many tokens goes in: `prefill`, unless it is too short for a chunk."""
+        if self.engine.chunked and tokens <= FEWEST:
+            return f"token by token: a prompt of up to {FEWEST} tokens"
+        return self.prefill
 
     @property
     def fed_at_once(self) -> int:
         """Ids that one `feed` may have so that it takes no longer than a person waits who wants to stop it."""
         if self.backend == "cpu":
             return 1
-        chunked = not self.prefill.startswith("token by token")
         if self.backend == "host":
-            return 128 if chunked else 1
-        return 8192 if chunked else 512
+            return 128 if self.engine.chunked else 1
+        return 8192 if self.engine.chunked else 512
 
     def expect_prompt(self, tokens: int) -> None:
         """Make ready now what takes a prompt of so many tokens in, which else the first such prompt waits for."""
@@ -241,7 +250,8 @@ def open_session(
     cache_dtype  "f16" or "f32"; f32 in numpy only.
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
     prefill      how prompts go in, see `prefill`: "own" kernels by chunks, a "library"'s products, "off": token by
-                 token, "auto": the library on a GPU that has one, else own kernels. In numpy always token by token.
+                 token, "auto": the library on a GPU that has one, else own kernels, else, and always in numpy, token
+                 by token. "own" and "library" are errors where they cannot be done.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
     filling      how errors speak of `positions`.
@@ -356,6 +366,7 @@ class _Opener:
             self._lap("driver_ms", began)
             if found is not None:
                 return self._on_device("cuda", model, fused, ends, found)
+            check_prefill(self.prefill, "cpu", f"no GPU works here ({reason}), and ")
             return self._in_numpy(model, fused, ends, reason)
         if backend == "cpu":
             return self._in_numpy(model, fused, ends, "")
@@ -381,9 +392,9 @@ class _Opener:
             driver.call("cuCtxSetCurrent", driver.context)
             facts = driver.facts()
             arch = "host" if backend == "host" else arch_of_capability(*facts.capability)
-            target = target_for(arch, facts.sm_count)
-            if backend == "host" and facts.capability < (9, 0):  # PSIGRAPH_HOST_CAPABILITY tries out older GPUs
-                target = target.plain()
+            # PSIGRAPH_HOST_CAPABILITY tries out other GPUs.
+            on_host = backend == "host"
+            target = stand_in_target(facts.capability, facts.sm_count) if on_host else target_for(arch, facts.sm_count)
             began = time.perf_counter()
             shapes = self._shapes(backend, facts)
             program = lower(fused, target, shapes)
@@ -401,6 +412,7 @@ class _Opener:
                 progress=self.on_load,
                 constants=self.constants,
                 prefill=prefill_maker(self.prefill, backend, model, self.sampling, target, driver),
+                must_prefill=f"prefill {self.prefill}" if self.prefill in EXPLICIT else "",
             )
             if self.prefill == "library":  # who asks for it hears now, and not at the first prompt, that there is none
                 try:

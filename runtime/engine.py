@@ -61,7 +61,7 @@ class Engine:
     UsageError names one that is missing.
     prefill: makes what takes a prompt in by chunks, called for the first prompt or by `prepare_prefill`; None: every
     token takes a step. Where it raises UnsupportedModelError or memory is short, prompts take steps too, and
-    `prefill_way` says why.
+    `prefill_way` says why; unless must_prefill says what was asked for, and the error names it.
     """
 
     driver: Driver
@@ -74,6 +74,7 @@ class Engine:
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     prefill: PrefillMaker | None = None
+    must_prefill: str = ""
 
     def __post_init__(self) -> None:
         self.context = int(self.program.notes["context"])
@@ -208,18 +209,31 @@ class Engine:
         return {buffer: self._address[buffer.name] for buffer in self.program.buffers if buffer.kind != "scratch"}
 
     def prepare_prefill(self) -> Prefill | None:
-        """What takes prompts in by chunks, made now if it was not yet; None where there is none (`prefill_way`)."""
+        """What takes prompts in by chunks, made now if it was not yet; None where there is none (`prefill_way`).
+
+        With must_prefill UnsupportedModelError or OutOfMemoryError instead of None.
+        """
         if self._prefill is None and self.prefill is not None:
             self._check()
             maker, self.prefill = self.prefill, None
             try:
                 self._prefill = Prefill(self, maker(), self.graph)
             except (UnsupportedModelError, OutOfMemoryError) as error:
+                if self.must_prefill:
+                    self.prefill = maker  # asked again, it must not fall back either
+                    raise type(error)(
+                        f"{self.must_prefill}: {error}; auto or off takes prompts token by token"
+                    ) from None
                 self._no_prefill = str(error)
             except DeviceError as error:
                 self._failed = self._failed or str(error)
                 raise
         return self._prefill
+
+    @property
+    def chunked(self) -> bool:
+        """Whether long prompts go in by chunks, as far as is known."""
+        return not self._no_prefill
 
     @property
     def prefill_way(self) -> str:

@@ -77,7 +77,7 @@ Examples:
     default=0,
     metavar="N",
     help="Measure too how fast a prompt of N tokens goes in from position 0: time to the first token, prompt tokens a "
-    "second; 0: not. Slow without a GPU.",
+    "second; 0: not. Slow without a GPU; in numpy one run.",
 )
 @click.option("--profile", is_flag=True, help="Time every kernel of the step: its own time, its hand-over, its bytes.")
 @click.option(
@@ -168,6 +168,7 @@ def command(
             reports = run_sweep(model_path, prompt, max_new_tokens, backend, depths=sweep, **options)
         else:
             options |= {"depth": depth, "profile": profile, "prompt_tokens": prompt_tokens}
+            options["on_prompt"] = bars.bar("measuring the prompt")
             reports = [run_bench(model_path, prompt, max_new_tokens, backend, **options)]
     if sweep:
         click.echo(sweep_table(reports))

@@ -158,8 +158,10 @@ class Talk:
         model, settings = self._conversation.model, self._conversation.settings
         drawn = "greedy" if settings.sampler.greedy else f"seed {settings.sampler.seed}"
         session = model.session
+        # In numpy they always do, and nobody expects them not to.
+        slow = f"; prompts go in {session.prefill}" if session.backend != "cpu" and not session.engine.chunked else ""
         return (
-            f"{session.model.file.path.name} on {session.backend}, context of {model.context:,} tokens, {drawn}; "
+            f"{session.model.file.path.name} on {session.backend}, context of {model.context:,} tokens, {drawn}{slow}; "
             "/help lists commands"
         )
 

@@ -251,6 +251,7 @@ def _record(
         "model": session.model.file.path.name,
         "backend": session.backend,
         "context": session.context,
+        "prefill": session.prefill_of(len(request.ids)),
         "timings": {**tokens.timings(), **{key: round(value, 3) for key, value in session.timings.items()}},
     }
     if tokens.logprobs:
