@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, Node, Value
-from ..ir.program import HEADER_NAME, Buffer, Kernel, Launch, Program
-from ..ir.text import print_node
+from ..ir.program import Buffer, Program
 from .device import device_header
 from .emission import Emitted, Factor
 from .emit_attention import ATTENTION_OPS, emit_attention
@@ -16,6 +15,7 @@ from .emit_sampling import SAMPLING_EMITTERS
 from .emit_vector import VECTOR_EMITTERS
 from .probe import probe_kernel
 from .repack import repack_kernel
+from .schedule import scheduled
 from .target import Target
 from .weight_types import WEIGHT_TYPES, padded_columns
 
@@ -168,24 +168,7 @@ def lower(graph: Graph, target: Target, shapes: dict[str, dict[str, int]] | None
         else:
             emitted.append((node, _emit(node, lowering)))
         lowering.release(index)
-    kernels, names = _name_kernels(emitted)
-    launches = tuple(
-        Launch(
-            kernel=name,
-            nodes=tuple(out.name for out in node.outs),
-            args=item.args,
-            grid=item.grid,
-            block=item.block,
-            shared_bytes=item.shared_bytes,
-            programmatic=target.programmatic and position > 0,
-            cluster=item.cluster,
-            bytes_read=item.bytes_read,
-            bytes_written=item.bytes_written,
-            cache_bytes_per_position=item.cache_bytes_per_position,
-            layer=_layer(node),
-        )
-        for position, ((node, item), name) in enumerate(zip(emitted, names, strict=True))
-    )
+    kernels, launches = scheduled(emitted, target.programmatic)
     repacks = sorted({str(dict(b.attrs)["repack"]) for b in lowering.buffers.values() if b.layout == "tiles"})
     kernels += (probe_kernel(),)
     kernels += tuple(repack_kernel(name.removeprefix("repack_")) for name in repacks)
@@ -224,37 +207,3 @@ def _emit(node: Node, lowering: _Lowering) -> Emitted:
 def _digit_bytes(size: int) -> int:
     """An i8x2 vector: two bytes a value, then scale and scaled sum of each group of 16."""
     return padded_columns(size) * 2 + padded_columns(size) // 16 * 8
-
-
-def _layer(node: Node) -> int | None:
-    head = node.outs[0].name.split(".")[0]
-    return int(head[1:]) if head[:1] == "L" and head[1:].isdigit() else None
-
-
-def _name_kernels(emitted: list[tuple[Node, Emitted]]) -> tuple[tuple[Kernel, ...], list[str]]:
-    """Equal texts become one kernel; its comment shows the first node and counts the others."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for position, (_, item) in enumerate(emitted):
-        groups.setdefault((item.body, item.block), []).append(position)
-    stems: dict[str, int] = {}
-    names = [""] * len(emitted)
-    kernels = []
-    for (body, _), positions in groups.items():
-        node, item = emitted[positions[0]]
-        stems[item.stem] = stems.get(item.stem, 0) + 1
-        name = item.stem if stems[item.stem] == 1 else f"{item.stem}_{stems[item.stem]}"
-        for position in positions:
-            names[position] = name
-        kernels.append(Kernel(name, _comment(name, node, item, len(positions)) + body.replace("KERNEL", name, 1)))
-    return tuple(kernels), names
-
-
-def _comment(name: str, node: Node, item: Emitted, count: int) -> str:
-    lines = [f"{name}: {item.grid} blocks of {item.block} threads, {item.shared_bytes:,} bytes of shared memory"]
-    if item.describe:
-        lines.append(item.describe)
-    lines.append("Implements, from " + (", ".join(map(str, node.origin)) or "a pass") + ":")
-    lines.append("    " + print_node(replace(node, origin=())))
-    if count > 1:
-        lines.append(f"and {count - 1} more launches of the same shape in this step.")
-    return f'#include "{HEADER_NAME}"\n' + "".join(f"// {line}\n" for line in lines)
