@@ -8,9 +8,7 @@ it learns tokens in chunks, copied behind the step that made them.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,15 +19,15 @@ from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, Us
 from ..ir.program import Buffer, Launch, Program
 from .compiler import CompiledKernel
 from .driver import Driver, HostMemory
+from .measuring import PROBE, read_bandwidth, step_times
 from .prefill import FEWEST, Prefill, PrefillMaker
+from .replay import captured, replayed
 from .tables import table_values
 from .upload import WeightSource, upload_weights
 
 ALIGNMENT = 256
 CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
 END_TOKEN_SLOTS = 8
-PROBE = "read_bandwidth"
-PROBE_BYTES = 8 << 30  # that one launch reads, going over the weights several times
 
 
 @dataclass
@@ -40,16 +38,6 @@ class Timings:
     modules_s: float = 0.0
     capture_s: float = 0.0
     bytes_loaded: int = 0
-
-
-@dataclass
-class _Chunk:
-    """Tokens on their way to the host."""
-
-    first: int
-    count: int
-    event: Any
-    memory: HostMemory
 
 
 @dataclass
@@ -98,8 +86,8 @@ class Engine:
             self._load_modules()
             self._allocate()
             self._fill()
-            self._ids = self._pinned(self.context * 4)
-            self._logits = self._pinned(self.program.buffer(self._result("logits")).nbytes) if self.has_logits else None
+            self._ids = self.pinned(self.context * 4)
+            self._logits = self.pinned(self.program.buffer(self._result("logits")).nbytes) if self.has_logits else None
             if self.graph:
                 self._capture()
             self.reset()
@@ -156,12 +144,14 @@ class Engine:
         data = np.ascontiguousarray(values)
         self._guard("cuMemcpyHtoD", self._address[buffer], data.ctypes.data, data.nbytes)
 
-    def _pinned(self, nbytes: int) -> HostMemory:
+    def pinned(self, nbytes: int) -> HostMemory:
+        """Page-locked memory until the engine is closed."""
         memory: HostMemory = self._guarded(self.driver.host_memory, nbytes)
         self._host.append(memory)
         return memory
 
-    def _event(self) -> Any:
+    def event(self) -> Any:
+        """An event until the engine is closed."""
         event = self._guard("cuEventCreate", 0)
         self._events.append(event)
         return event
@@ -173,21 +163,7 @@ class Engine:
 
     def captured(self, launch_all: Callable[[], None]) -> tuple[Any, Any]:
         """What the function queues as a graph, and that graph ready for replay."""
-        mode = self.driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self.driver.call("cuStreamBeginCapture", self._stream, mode)
-        try:
-            launch_all()
-        except BaseException:
-            _, unfinished = self.driver.api.cuStreamEndCapture(self._stream)
-            if unfinished:
-                self.driver.api.cuGraphDestroy(unfinished)
-            raise
-        graph = self.driver.call("cuStreamEndCapture", self._stream)
-        try:
-            return graph, self.driver.call("cuGraphInstantiate", graph, 0)
-        except BaseException:
-            self.driver.api.cuGraphDestroy(graph)
-            raise
+        return captured(self.driver, self._stream, launch_all)
 
     # --- for a prompt's chunks ---
 
@@ -195,6 +171,10 @@ class Engine:
     def stream(self) -> Any:
         """The stream that everything is queued on."""
         return self._stream
+
+    def address(self, name: str) -> int:
+        """Where a buffer of the Program lies on the device."""
+        return self._address[name]
 
     def guard(self, name: str, *args: Any) -> Any:
         """A driver call after whose failure the engine refuses everything."""
@@ -314,7 +294,7 @@ class Engine:
         if data.shape != buffer.shape or data.dtype != wanted:
             raise UsageError(f"the constant {name} is {wanted}{list(buffer.shape)}, not {data.dtype}{list(data.shape)}")
         if name not in self._staged:
-            self._staged[name] = (self._pinned(buffer.nbytes), self._event())
+            self._staged[name] = (self.pinned(buffer.nbytes), self.event())
         memory, copied = self._staged[name]
         self._guard("cuEventSynchronize", copied)  # the copy of the contents before may still be under way
         memory.view[:] = data.tobytes()
@@ -428,31 +408,7 @@ class Engine:
             raise UsageError(
                 f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
             )
-        waiting: deque[_Chunk] = deque()
-        spare: list[tuple[Any, HostMemory]] = []
-        first = self.position - 1  # the log entry of the first token
-        queued, steps = 0, 0
-        try:
-            while queued < count or waiting:
-                while queued < count and len(waiting) < 3:
-                    size = min(chunk, count - queued)
-                    while steps < queued + size - 1:
-                        self.step()
-                        steps += 1
-                    event, memory = spare.pop() if spare else (self._event(), self._pinned(chunk * 4))
-                    source = self._address["log"] + 4 * (first + queued)
-                    self._guard("cuMemcpyDtoHAsync", memory.address, source, size * 4, self._stream)
-                    self._guard("cuEventRecord", event, self._stream)
-                    waiting.append(_Chunk(queued, size, event, memory))
-                    queued += size
-                ready = waiting.popleft()
-                self._guard("cuEventSynchronize", ready.event)
-                tokens = np.frombuffer(ready.memory.view, dtype=np.int32)[: ready.count].tolist()
-                spare.append((ready.event, ready.memory))
-                yield tokens
-        finally:
-            if waiting:  # the consumer left early: nothing may write to freed memory
-                self.driver.api.cuStreamSynchronize(self._stream)
+        yield from replayed(self, count, chunk)
 
     # --- measuring ---
 
@@ -508,36 +464,11 @@ class Engine:
 
     def read_bandwidth(self, repeats: int = 5) -> float:
         """Bytes per second that plain loads read from the weights' memory; the median of `repeats`."""
-        weights = [b for b in self.program.buffers if b.kind == "weight"]
-        start = min(self._address[b.name] for b in weights)
-        end = max(self._address[b.name] + b.nbytes for b in weights)
-        count = (end - start) // 16
-        passes = 1 if self.program.notes["arch"] == "host" else max(1, PROBE_BYTES // (end - start))
-        begin, done = self._event(), self._event()
-        seconds = []
-        for _ in range(repeats + 1):
-            self._guard("cuEventRecord", begin, self._stream)
-            args = (
-                (start, ctypes.c_void_p),
-                (count, ctypes.c_ulonglong),
-                (passes, ctypes.c_int),
-                (self._address[self.program.buffers[-1].name], ctypes.c_void_p),
-            )
-            self.driver.launch(self._functions[PROBE], 4 * self.program.sm_count, 512, 0, self._stream, args)
-            self._guard("cuEventRecord", done, self._stream)
-            self._guard("cuEventSynchronize", done)
-            seconds.append(float(self._guard("cuEventElapsedTime", begin, done)) / 1e3)
-        return count * 16 * passes / float(np.median(seconds[1:]))
+        return read_bandwidth(self, self._functions[PROBE], repeats)
 
     def step_times(self, count: int) -> np.ndarray:
         """Microseconds of `count` further steps, one event between each; float64[count]."""
-        events = [self._event() for _ in range(count + 1)]
-        self._guard("cuEventRecord", events[0], self._stream)
-        for event in events[1:]:
-            self.step()
-            self._guard("cuEventRecord", event, self._stream)
-        self.synchronize()
-        return np.array([float(self._guard("cuEventElapsedTime", a, b)) * 1e3 for a, b in itertools.pairwise(events)])
+        return step_times(self, count)
 
     # --- ending ---
 
