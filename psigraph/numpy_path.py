@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class NumpyTimings:
-    """Seconds and bytes of what happened before the first token, named as in `runtime.engine.Timings`."""
+    """Seconds and bytes of what happened before the first token, named as in `runtime.measuring.Timings`."""
 
     load_s: float = 0.0
     modules_s: float = 0.0

@@ -19,25 +19,14 @@ from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, Us
 from ..ir.program import Buffer, Launch, Program
 from .compiler import CompiledKernel
 from .driver import Driver, HostMemory
-from .measuring import PROBE, read_bandwidth, step_times
+from .measuring import PROBE, Timings, read_bandwidth, step_times
 from .prefill import FEWEST, Prefill, PrefillMaker
 from .replay import captured, replayed
-from .tables import table_values
+from .tables import end_token_slots, table_values
 from .upload import WeightSource, upload_weights
 
 ALIGNMENT = 256
 CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
-END_TOKEN_SLOTS = 8
-
-
-@dataclass
-class Timings:
-    """Seconds of what happened before the first token, and milliseconds around it."""
-
-    load_s: float = 0.0
-    modules_s: float = 0.0
-    capture_s: float = 0.0
-    bytes_loaded: int = 0
 
 
 @dataclass
@@ -503,12 +492,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def end_token_slots(end_tokens: Sequence[int]) -> np.ndarray:
-    """The constant `end_tokens`: int32[8], padded with -1; UsageError if there are more."""
-    if len(end_tokens) > END_TOKEN_SLOTS:
-        raise UsageError(f"{len(end_tokens)} end tokens; at most {END_TOKEN_SLOTS} are supported")
-    slots = np.full(END_TOKEN_SLOTS, -1, np.int32)
-    slots[: len(end_tokens)] = list(end_tokens)
-    return slots

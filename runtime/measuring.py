@@ -1,9 +1,10 @@
-"""What is timed with events between the things that an engine queues."""
+"""What an engine's work is timed by: clocks while it is made, events between the things that it queues."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
 
 PROBE = "read_bandwidth"
 PROBE_BYTES = 8 << 30  # that one launch reads, going over the weights several times
+
+
+@dataclass
+class Timings:
+    """Seconds of what happened before the first token, and milliseconds around it."""
+
+    load_s: float = 0.0
+    modules_s: float = 0.0
+    capture_s: float = 0.0
+    bytes_loaded: int = 0
 
 
 def read_bandwidth(engine: Engine, probe: Any, repeats: int) -> float:

@@ -1,13 +1,15 @@
-"""Tables that kernels read and the host computes once, in float64."""
+"""Tables and constants that kernels read and the host computes once, tables in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..ir.errors import UnsupportedModelError
+from ..ir.errors import UnsupportedModelError, UsageError
 from ..ir.program import Buffer
+
+END_TOKEN_SLOTS = 8
 
 
 def table_values(buffer: Buffer) -> np.ndarray:
@@ -52,3 +54,12 @@ def rope_speeds(head_dim: int, attrs: Mapping[str, object]) -> tuple[np.ndarray,
     low, high = max(0.0, float(np.floor(ends[0]))), min(head_dim - 1.0, float(np.ceil(ends[1])))
     ramp = np.clip((pairs - low) / max(0.001, high - low), 0.0, 1.0)
     return speeds * (1 - ramp + ramp / factor), magnitude * (1 + 0.1 * float(np.log(factor)))
+
+
+def end_token_slots(end_tokens: Sequence[int]) -> np.ndarray:
+    """The constant `end_tokens`: int32[8], padded with -1; UsageError if there are more."""
+    if len(end_tokens) > END_TOKEN_SLOTS:
+        raise UsageError(f"{len(end_tokens)} end tokens; at most {END_TOKEN_SLOTS} are supported")
+    slots = np.full(END_TOKEN_SLOTS, -1, np.int32)
+    slots[: len(end_tokens)] = list(end_tokens)
+    return slots
