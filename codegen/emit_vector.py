@@ -13,25 +13,20 @@ from ..ir.graph import Node, Value
 from .cache_types import CACHE_TYPES
 from .digits import store_digits
 from .emission import Context, Emitted
+from .small_kernel import SmallKernel
 from .weight_types import WEIGHT_TYPES, superblocks
-from .writer import Writer, c_float, signature
+from .writer import c_float
 
 THREADS = 256
 ONE_BLOCK = 1024
 
 
-class _Kernel:
-    """Parameters, body and launch of one small kernel."""
+class _Kernel(SmallKernel):
+    """The kernel of one node."""
 
     def __init__(self, node: Node, ctx: Context, threads: int = THREADS) -> None:
-        self.node, self.ctx, self.threads = node, ctx, threads
-        self.writer = Writer()
-        self.parameters: list[str] = []
-        self.args: list[str | int] = []
-
-    def take(self, declaration: str, arg: str | int) -> None:
-        self.parameters.append(declaration)
-        self.args.append(arg)
+        super().__init__(node.op, threads)
+        self.ctx = ctx
 
     def vector(self, name: str, out: Value) -> bool:
         """A result that may be i8x2; True if it is."""
@@ -48,11 +43,6 @@ class _Kernel:
     def start(self) -> None:
         self.writer.line("let_next_kernel_start();")
         self.writer.line("wait_for_previous_kernel();")
-
-    def done(self, blocks: int, bytes_read: int = 0) -> Emitted:
-        head = signature(self.threads, self.parameters) + " {\n"
-        body = "".join(f"    {line}\n" if line else "\n" for line in self.writer.text().splitlines())
-        return Emitted(self.node.op, head + body + "}\n", blocks, self.threads, tuple(self.args), bytes_read=bytes_read)
 
 
 def _block_sum(kernel: _Kernel, value: str, result: str) -> None:

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, Node, Value
-from ..ir.program import HEADER_NAME, Buffer, Kernel, Launch, Program
-from ..ir.text import print_node
+from ..ir.program import Buffer, Program
 from .cache_types import CACHE_TYPES
 from .device import device_header
 from .digits import digit_bytes
@@ -19,6 +18,7 @@ from .emit_vector import VECTOR_EMITTERS
 from .places import product_places
 from .probe import probe_kernel
 from .repack import repack_kernel
+from .schedule import scheduled
 from .target import Place, Target
 from .weight_types import WEIGHT_TYPES
 
@@ -173,24 +173,7 @@ def lower(graph: Graph, target: Target, shapes: dict[str, dict[str, int]] | None
         else:
             emitted.append((node, _emit(node, lowering)))
         lowering.release(index)
-    kernels, names = _name_kernels(emitted)
-    launches = tuple(
-        Launch(
-            kernel=name,
-            nodes=tuple(out.name for out in node.outs),
-            args=item.args,
-            grid=item.grid,
-            block=item.block,
-            shared_bytes=item.shared_bytes,
-            programmatic=target.programmatic and position > 0,
-            cluster=item.cluster,
-            bytes_read=item.bytes_read,
-            bytes_written=item.bytes_written,
-            cache_bytes_per_position=item.cache_bytes_per_position,
-            layer=_layer(node),
-        )
-        for position, ((node, item), name) in enumerate(zip(emitted, names, strict=True))
-    )
+    kernels, launches = scheduled(emitted, target.programmatic)
     repacks = sorted({str(dict(b.attrs)["repack"]) for b in lowering.buffers.values() if b.layout == "tiles"})
     kernels += (probe_kernel(),)
     kernels += tuple(repack_kernel(name.removeprefix("repack_")) for name in repacks)
@@ -224,37 +207,3 @@ def _emit(node: Node, lowering: _Lowering) -> Emitted:
     if node.op in VECTOR_EMITTERS:
         return VECTOR_EMITTERS[node.op](node, lowering)
     raise UnsupportedModelError(f"op {node.op} has no kernel")
-
-
-def _layer(node: Node) -> int | None:
-    head = node.outs[0].name.split(".")[0]
-    return int(head[1:]) if head[:1] == "L" and head[1:].isdigit() else None
-
-
-def _name_kernels(emitted: list[tuple[Node, Emitted]]) -> tuple[tuple[Kernel, ...], list[str]]:
-    """Equal texts become one kernel; its comment shows the first node and counts the others."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for position, (_, item) in enumerate(emitted):
-        groups.setdefault((item.body, item.block), []).append(position)
-    stems: dict[str, int] = {}
-    names = [""] * len(emitted)
-    kernels = []
-    for (body, _), positions in groups.items():
-        node, item = emitted[positions[0]]
-        stems[item.stem] = stems.get(item.stem, 0) + 1
-        name = item.stem if stems[item.stem] == 1 else f"{item.stem}_{stems[item.stem]}"
-        for position in positions:
-            names[position] = name
-        kernels.append(Kernel(name, _comment(name, node, item, len(positions)) + body.replace("KERNEL", name, 1)))
-    return tuple(kernels), names
-
-
-def _comment(name: str, node: Node, item: Emitted, count: int) -> str:
-    lines = [f"{name}: {item.grid} blocks of {item.block} threads, {item.shared_bytes:,} bytes of shared memory"]
-    if item.describe:
-        lines.append(item.describe)
-    lines.append("Implements, from " + (", ".join(map(str, node.origin)) or "a pass") + ":")
-    lines.append("    " + print_node(replace(node, origin=())))
-    if count > 1:
-        lines.append(f"and {count - 1} more launches of the same shape in this step.")
-    return f'#include "{HEADER_NAME}"\n' + "".join(f"// {line}\n" for line in lines)

@@ -7,8 +7,7 @@ from typing import Protocol
 
 from ..ir.graph import Value
 from .device import prefill_header
-from .emission import Emitted
-from .writer import Writer, signature
+from .small_kernel import SmallKernel
 
 
 @dataclass(frozen=True)
@@ -50,32 +49,9 @@ class PrefillContext(Protocol):
         """A table that the runtime fills when the model is loaded."""
 
 
-class PrefillKernel:
-    """A kernel under construction: parameters with their arguments, and the lines of its body."""
+class PrefillKernel(SmallKernel):
+    """A kernel of a prompt's chunk. header: text that it needs behind the prefill header."""
 
-    def __init__(self, stem: str, threads: int) -> None:
-        self.stem, self.threads = stem, threads
-        self.writer = Writer()
-        self.parameters: list[str] = []
-        self.args: list[str | int] = []
-
-    def take(self, declaration: str, arg: str | int) -> None:
-        self.parameters.append(declaration)
-        self.args.append(arg)
-
-    def done(
-        self, grid: int, shared_bytes: int = 0, bytes_read: int = 0, describe: str = "", header: str = ""
-    ) -> Emitted:
-        """The kernel. header: text that it needs behind the prefill header."""
-        head = signature(self.threads, self.parameters) + " {\n"
-        body = "".join(f"    {line}\n" if line else "\n" for line in self.writer.text().splitlines())
-        return Emitted(
-            self.stem,
-            prefill_header() + "\n" + (header + "\n" if header else "") + head + body + "}\n",
-            grid,
-            self.threads,
-            tuple(self.args),
-            shared_bytes,
-            bytes_read,
-            describe=describe,
-        )
+    def __init__(self, stem: str, threads: int, header: str = "") -> None:
+        super().__init__(stem, threads)
+        self.header = prefill_header() + "\n" + (header + "\n" if header else "")

@@ -77,7 +77,7 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
     held = CACHE_TYPES[node.ins[5].type.dtype]
     heads = int(node.attr("heads"))  # type: ignore[arg-type]
     _check_head(head_dim)
-    kernel = PrefillKernel("prefill_rope_append", THREADS)
+    kernel = PrefillKernel("prefill_rope_append", THREADS, held.header())
     places = [ctx.place(value) for value in node.ins[:3]]
     for name, place in zip("qkv", places, strict=True):
         kernel.take(f"const float* {name}", place.buffer)
@@ -133,7 +133,7 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
         }});{append}
     """)
     blocks = -(-ctx.tokens * rows // (THREADS // 32))
-    return kernel.done(blocks, describe="a warp a token and head", header=held.header())
+    return kernel.done(blocks, describe="a warp a token and head")
 
 
 def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
@@ -146,7 +146,7 @@ def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
     group = heads // kv_heads
     held = CACHE_TYPES[node.ins[1].type.dtype]
     blocks = -(-ctx.tokens * group // ATTEND_ROWS)
-    kernel = PrefillKernel("prefill_attention", ATTEND_THREADS)
+    kernel = PrefillKernel("prefill_attention", ATTEND_THREADS, held.header())
     source = ctx.place(q)
     kernel.take("const u16* q", source.buffer)
     kernel.take(f"const {held.element}* k_cache", ctx.place(node.ins[1]).buffer)
@@ -166,7 +166,7 @@ def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
     keys = 32 if head_dim > 128 else 64
     shared = held.chunk_bytes(head_dim, keys)
     describe = f"{kv_heads} key/value heads x {blocks} blocks of {ATTEND_ROWS} rows, {group} query heads a token"
-    return kernel.done(kv_heads * blocks, shared, describe=describe, header=held.header())
+    return kernel.done(kv_heads * blocks, shared, describe=describe)
 
 
 def _check_head(head_dim: int) -> None:

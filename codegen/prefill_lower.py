@@ -7,15 +7,15 @@ what lies between two launches has names of its own. Launches are plain: a chunk
 from __future__ import annotations
 
 from ..ir.errors import UnsupportedModelError
-from ..ir.graph import Graph, Node, Value, layer_of
-from ..ir.program import HEADER_NAME, LIBRARY_PRODUCT, Buffer, Kernel, Launch, Program
-from ..ir.text import print_node
+from ..ir.graph import Graph, Node, Value
+from ..ir.program import Buffer, Program
 from .device import device_header
 from .emission import Emitted
 from .lower import param_buffer
 from .prefill_emission import Place
 from .prefill_kernels import PREFILL_EMITTERS
 from .prefill_product import PREFILL_PRODUCTS, emit_prefill_product
+from .schedule import scheduled
 from .target import Target
 from .weight_types import padded_columns
 
@@ -124,20 +124,7 @@ def lower_prefill(graph: Graph, target: Target, library: bool = False) -> Progra
         else:
             raise UnsupportedModelError(f"op {node.op} has no kernel over a sequence")
         lowering.release(index)
-    kernels, names = _name_kernels(pieces)
-    launches = tuple(
-        Launch(
-            kernel=name,
-            nodes=tuple(out.name for out in node.outs),
-            args=piece.args,
-            grid=piece.grid,
-            block=piece.block,
-            shared_bytes=piece.shared_bytes,
-            bytes_read=piece.bytes_read,
-            layer=layer_of(node),
-        )
-        for (node, piece), name in zip(pieces, names, strict=True)
-    )
+    kernels, launches = scheduled(pieces)
     return Program(
         name=f"{graph.name}_prefill",
         graph=graph,
@@ -150,27 +137,3 @@ def lower_prefill(graph: Graph, target: Target, library: bool = False) -> Progra
         results=tuple((state, lowering.places[value.name].buffer) for state, value in graph.results),
         notes={"arch": target.arch, "context": lowering.ctx, "tokens": lowering.tokens, "library": library},
     )
-
-
-def _name_kernels(pieces: list[tuple[Node, Emitted]]) -> tuple[tuple[Kernel, ...], list[str]]:
-    """Equal texts become one kernel, whose comment shows the first node that it serves."""
-    known: dict[str, str] = {}
-    stems: dict[str, int] = {}
-    kernels, names = [], []
-    for node, piece in pieces:
-        if piece.stem == LIBRARY_PRODUCT:
-            names.append(LIBRARY_PRODUCT)
-            continue
-        if piece.body not in known:
-            stems[piece.stem] = stems.get(piece.stem, 0) + 1
-            name = piece.stem if stems[piece.stem] == 1 else f"{piece.stem}_{stems[piece.stem]}"
-            known[piece.body] = name
-            about = [
-                f"{name}: {piece.grid} blocks of {piece.block} threads; {piece.describe or 'plain'}",
-                print_node(node),
-            ]
-            comment = "".join(f"// {line}\n" for line in about)
-            text = f'#include "{HEADER_NAME}"\n' + comment + piece.body.replace("KERNEL(", f"{name}(", 1)
-            kernels.append(Kernel(name, text))
-        names.append(known[piece.body])
-    return tuple(kernels), names

@@ -116,6 +116,18 @@ def target_for(arch: str, sm_count: int | None = None) -> Target:
     return target if sm_count is None else target.with_sm_count(sm_count)
 
 
+def stand_in_target(capability: tuple[int, int], sm_count: int) -> Target:
+    """The host target with the features of the GPU class that has this compute capability."""
+    host, like = target_for("host", sm_count), target_for(arch_of_capability(*capability))
+    return replace(
+        host,
+        shared_bytes=like.shared_bytes,
+        programmatic=like.programmatic,
+        cluster=min(host.cluster, like.cluster),
+        places=like.places,
+    )
+
+
 def arch_of_capability(major: int, minor: int) -> str:
     """The architecture whose machine code runs on a device of this compute capability."""
     exact = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a"}

@@ -12,14 +12,14 @@ from .graph import Origin
 from .op import TypeMismatch
 from .ops import OPS
 from .spec import SECTIONS, Binding, ModelSpec
-from .spec_rules import LAYER, Held, Shape, Size, Weight
+from .spec_rules import LAYER, Held, Shape, Size, Variant, Weight
 from .syntax import Name, Reader, Statement
 from .types import CACHE, DTYPES
 from .verify import suggestion
 from .yaml_nodes import Item, read_document
 
 REQUIRED = ("architecture", "sizes", "weights", "state", *SECTIONS)
-OPTIONAL = ("refused", "checks", "expected", "constants")
+OPTIONAL = ("refused", "checks", "expected", "variants", "constants")
 REQUIRED_SIZES = ("layers", "context")
 WEIGHT_FORM = re.compile(r"(?P<tensor>\S+) \[(?P<shape>[^\]]+)\](?: or (?P<otherwise>\w+))?")
 HELD_FORM = re.compile(r"(?P<dtype>\w+)\[(?P<shape>[^\]]+)\]")
@@ -51,8 +51,11 @@ def load_spec(path: str | Path) -> ModelSpec:
         architecture=parts["architecture"].text(),
         refused={key: item.text() for key, item in _mapping(parts, "refused").items()},
         sizes=sizes,
-        checks=tuple((key, item.text(), item.origin) for key, item in _mapping(parts, "checks").items()),
-        expected={key: tuple(i.scalar() for i in item.items()) for key, item in _mapping(parts, "expected").items()},
+        checks=_checks(_mapping(parts, "checks")),
+        expected=_expected(_mapping(parts, "expected")),
+        variants={
+            key: _variants(item, [size.name for size in sizes]) for key, item in _mapping(parts, "variants").items()
+        },
         weights=weights,
         states=states,
         constants=constants,
@@ -82,6 +85,32 @@ def available_specs(folder: str | Path) -> dict[str, Path]:
 
 def _mapping(parts: Mapping[str, Item], key: str) -> dict[str, Item]:
     return parts[key].mapping() if key in parts else {}
+
+
+def _checks(items: Mapping[str, Item]) -> tuple[tuple[str, str, Origin], ...]:
+    return tuple((key, item.text(), item.origin) for key, item in items.items())
+
+
+def _expected(items: Mapping[str, Item]) -> dict[str, tuple[int | float | str, ...]]:
+    return {key: tuple(value.scalar() for value in item.items()) for key, item in items.items()}
+
+
+def _variants(part: Item, known: list[str]) -> dict[str, Variant]:
+    found = {}
+    for word, item in part.mapping().items():
+        fields = item.mapping()
+        for key in fields:
+            if key not in ("sizes", "checks", "expected"):
+                raise item.error(f"no such field: {key} (known: sizes, checks, expected)")
+        names = fields["sizes"].items() if "sizes" in fields else []
+        for name in names:
+            if name.text() not in known:
+                raise name.error(f"no size is called {name.text()}{suggestion(name.text(), known)}")
+        sizes = tuple(name.text() for name in names)
+        found[word] = Variant(sizes, _checks(_mapping(fields, "checks")), _expected(_mapping(fields, "expected")))
+    if not found:
+        raise part.error("wanted at least one word with its fields")
+    return found
 
 
 def _sizes(part: Item) -> tuple[Size, ...]:
@@ -153,12 +182,17 @@ def _check_sizes(spec: ModelSpec, part: Item) -> None:
     """Every expression reads sizes that stand above it (shapes and checks: any size)."""
     known: set[str] = set()
     weights = {weight.name for weight in spec.weights}
+    optional = spec.optional_sizes
     for size in spec.sizes:
         if size.rows and size.rows not in weights:
             raise SpecError(f"{size.origin}: {size.name}: no weight is called {size.rows}")
         for text in filter(None, (size.value, size.otherwise)):
             _check_expression(text, known, size.origin)
-        known.add(size.name)
+        if size.name not in optional:
+            known.add(size.name)
+    for variant in (variant for words in spec.variants.values() for variant in words.values()):
+        for text, _, origin in variant.checks:
+            _check_expression(text, known | set(variant.sizes), origin)
     for name in REQUIRED_SIZES:
         if name not in known:
             raise part.error(f"the size {name} is missing")

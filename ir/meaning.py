@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import MappingProxyType
+
 import numpy as np
 
 from . import sampling
@@ -9,6 +12,8 @@ from .op import Attributes, Machine
 
 Arrays = tuple[np.ndarray, ...]
 Operands = list[np.ndarray]
+
+NO_ATTRIBUTES: Attributes = MappingProxyType({})
 
 
 def factor_of(x: np.ndarray, eps: float) -> np.ndarray:
@@ -21,12 +26,36 @@ def normalise(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return np.asarray(x * factor_of(x, eps) * weight.astype(x.dtype, copy=False))
 
 
-def rotate(x: np.ndarray, position: int, theta: float) -> np.ndarray:
-    """NeoX order: element i turns together with element i + head_dim/2. x: [heads, head_dim]."""
+def turning(head_dim: int, theta: float, attrs: Attributes) -> tuple[np.ndarray, float]:
+    """(radians a position that pair i turns by, float64[head_dim / 2]; what the turned pairs are multiplied with).
+
+    attrs, of `rope`: for stretched positions factor and attn_factor, and for YaRN (arXiv 2309.00071, as in
+    ggml's rope_yarn) original, beta_fast and beta_slow.
+    """
+    factor, magnitude = attrs.get("factor", 1.0), attrs.get("attn_factor", 1.0)
+    pair = np.arange(head_dim // 2)
+    own = np.power(float(theta), -2.0 * pair / head_dim)
+    if "original" not in attrs:
+        return own / factor, magnitude
+
+    def pair_that_makes(turns: float) -> float:
+        """Within the original context."""
+        return head_dim * math.log(attrs["original"] / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    # Fast pairs keep their speed, slow ones are stretched like a linear scaling, and between them it blends.
+    first = max(0, math.floor(pair_that_makes(attrs["beta_fast"])))
+    last = min(head_dim - 1, math.ceil(pair_that_makes(attrs["beta_slow"])))
+    stretched = np.clip((pair - first) / max(0.001, last - first), 0.0, 1.0)
+    return own * (1 - stretched) + own / factor * stretched, magnitude * (1 + 0.1 * math.log(factor))
+
+
+def rotate(x: np.ndarray, position: int, theta: float, attrs: Attributes = NO_ATTRIBUTES) -> np.ndarray:
+    """NeoX order: element i turns together with element i + head_dim/2. x: [heads, head_dim]; attrs: see `turning`."""
     half = x.shape[-1] // 2
     # Angles in float64: at position 40,000 float32 would be off by thousandths of a radian.
-    angle = position * np.power(float(theta), -2.0 * np.arange(half) / x.shape[-1])
-    cosine, sine = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
+    speed, magnitude = turning(x.shape[-1], theta, attrs)
+    angle = position * speed
+    cosine, sine = (magnitude * np.cos(angle)).astype(x.dtype), (magnitude * np.sin(angle)).astype(x.dtype)
     low, high = x[:, :half], x[:, half:]
     return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=1)
 
@@ -110,7 +139,7 @@ def merge_heads(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
 
 
 def rope(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
-    return (rotate(ins[0], int(ins[1][0]), attrs["theta"]),)
+    return (rotate(ins[0], int(ins[1][0]), attrs["theta"], attrs),)
 
 
 def cache_append(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
@@ -214,7 +243,7 @@ def rope_append(machine: Machine, ins: Operands, attrs: Attributes) -> Arrays:
     place = int(position[0])
 
     def turned(flat: np.ndarray, heads: int, norm: np.ndarray) -> np.ndarray:
-        return rotate(normalise(flat.reshape(heads, -1), norm, attrs["eps"]), place, attrs["theta"])
+        return rotate(normalise(flat.reshape(heads, -1), norm, attrs["eps"]), place, attrs["theta"], attrs)
 
     q_out = turned(q, attrs["heads"], q_norm)
     k_out = turned(k, attrs["kv_heads"], k_norm)

@@ -14,6 +14,8 @@ from .types import ACTIVATION_DTYPES, WEIGHT_DTYPES
 F32_ONE = TensorType("f32", (1,))
 I32_ONE = TensorType("i32", (1,))
 
+MOST_INFERRED = 4096  # nodes of different types that an op remembers
+
 
 class TypeMismatch(Exception):
     """A node that breaks the type rule of its op; `operand` is the input at fault, if it is one."""
@@ -111,6 +113,7 @@ class Op:
     product: bool = False
     consumes: tuple[str, ...] = ()
     extra_result: str = ""
+    _inferred: dict[Any, tuple[TensorType, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def variadic(self) -> bool:
@@ -158,6 +161,17 @@ class Op:
 
     def infer(self, types: Sequence[TensorType], attrs: Mapping[str, Literal]) -> tuple[TensorType, ...]:
         """Result types, with f32 where i8x2 may stand too; TypeMismatch says what does not fit."""
+        # Layers repeat the same few nodes, and every pass is verified. The attributes' own types belong to the key:
+        # 1, 1.0 and True are equal.
+        key = (tuple(types), tuple((name, type(value), value) for name, value in attrs.items()))
+        known = self._inferred.get(key)
+        if known is None:
+            if len(self._inferred) >= MOST_INFERRED:
+                self._inferred.clear()
+            known = self._inferred[key] = self._infer(types, attrs)
+        return known
+
+    def _infer(self, types: Sequence[TensorType], attrs: Mapping[str, Literal]) -> tuple[TensorType, ...]:
         from .sequence import infer_over  # it is written in the words of this file
 
         self.check_attributes(attrs)

@@ -13,6 +13,8 @@ from .op import Op, TypeMismatch
 
 EPS = {"eps": float}
 HEADS = {"heads": int, "kv_heads": int}
+# For positions that are stretched over a longer context: absent, factor and attn_factor, or all (`meaning.turning`).
+ROPE_SCALING = {"factor": float, "attn_factor": float, "original": int, "beta_fast": float, "beta_slow": float}
 KEEP = {"keep_logits": bool}
 ROPE_OPERANDS = ("q", "k", "v", "q_norm", "k_norm", "k_cache", "v_cache", "position")
 CHOICE_OPERANDS = ("log", "end_tokens", "stop", "position")
@@ -44,8 +46,9 @@ UNFUSED = (
         "rope",
         ("x", "position"),
         ("y",),
-        "pairs (i, i + head_dim/2) turned by position * theta^(-2i/head_dim)",
+        "pairs (i, i + head_dim/2) turned by position * theta^(-2i/head_dim); the rest stretches it",
         attributes={"theta": float},
+        optional=ROPE_SCALING,
     ),
     row(
         "cache_append",
@@ -128,6 +131,7 @@ FUSED = (
         ("q", "k_cache", "v_cache"),
         "q and k split, normalised per head and turned; k and v appended to their caches",
         attributes={**EPS, "theta": float, **HEADS},
+        optional=ROPE_SCALING,
         consumes=CACHES,
     ),
     row(
@@ -136,6 +140,7 @@ FUSED = (
         ("a", "k_cache", "v_cache"),
         "rope_append, then attention, heads merged",
         attributes={**EPS, "theta": float, "scale": float, **HEADS},
+        optional=ROPE_SCALING,
         may_quantize=("a",),
         consumes=CACHES,
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from .expression import Number, evaluate, names_in
 from .graph import Graph, Literal, Node, Origin, Param, TensorType, Value
 from .op import TypeMismatch
 from .ops import OPS
-from .spec_rules import Held, Size, Weight, shown
+from .spec_rules import Held, Size, Variant, Weight, check_expected
 from .syntax import Name, Statement, underlined
 from .types import CACHE, CACHE_DTYPES
 
@@ -25,7 +24,8 @@ class ModelSpec:
     """A model family, as its YAML file declares it; made by `ir.loader.load_spec`.
 
     refused: architecture -> why it is not this one. checks: (expression, what it means, line).
-    expected: key -> values that it may have. steps: section -> op lines.
+    expected: key -> values that it may have. variants: key -> its words, the first for an absent key, and what each of
+    them means. steps: section -> op lines.
     """
 
     file: str
@@ -35,6 +35,7 @@ class ModelSpec:
     sizes: tuple[Size, ...]
     checks: tuple[tuple[str, str, Origin], ...]
     expected: Mapping[str, tuple[int | float | str, ...]]
+    variants: Mapping[str, Mapping[str, Variant]]
     weights: tuple[Weight, ...]
     states: tuple[Held, ...]
     constants: tuple[Held, ...]
@@ -65,14 +66,15 @@ class ModelSpec:
         """
         check_cache_type(kv_type)
         self._check_architecture(metadata)
-        for key, allowed in self.expected.items():
-            value = metadata.get(key, allowed[0])
-            if not isinstance(value, (str, numbers.Real)) or value not in allowed:
-                known = " or ".join(map(str, allowed))
-                raise UnsupportedModelError(f"{key} is {shown(value)}, psigraph computes only {known}")
+        chosen = self._chosen(metadata)
+        for expected in (self.expected, *(variant.expected for variant in chosen)):
+            check_expected(expected, metadata)
+        optional = self.optional_sizes - {name for variant in chosen for name in variant.sizes}
         sizes: dict[str, Number] = {}
         by_name = {weight.name: weight for weight in self.weights}
         for size in self.sizes:
+            if size.name in optional:
+                continue
             table = tensors.get(by_name[size.rows].tensor) if size.rows else None
             try:
                 sizes[size.name] = size.bind(metadata, sizes, table.shape[0] if table else None)
@@ -80,7 +82,7 @@ class ModelSpec:
                 if size.rows and problem.field == size.rows:
                     problem = ModelFileError("the tensor is missing or has no rows", by_name[size.rows].tensor)
                 raise problem from None
-        for text, meaning, origin in self.checks:
+        for text, meaning, origin in (*self.checks, *(check for variant in chosen for check in variant.checks)):
             if not evaluate(text, sizes):
                 read = ", ".join(f"{name} is {sizes[name]}" for name in sorted(names_in(text)))
                 raise UnsupportedModelError(f"the sizes do not fit ({read}): {meaning} ({origin})")
@@ -97,6 +99,21 @@ class ModelSpec:
             if name not in used:
                 raise UnsupportedModelError(f"{name}: the {self.architecture} step does not use this tensor")
         return Binding(sizes, int(sizes["layers"]), limit, names, used, kv_type)
+
+    @property
+    def optional_sizes(self) -> frozenset[str]:
+        """Sizes that a binding has only for the variants that name them."""
+        return frozenset(
+            name for words in self.variants.values() for variant in words.values() for name in variant.sizes
+        )
+
+    def _chosen(self, metadata: Mapping[str, object]) -> list[Variant]:
+        """The variant of every key; UnsupportedModelError for a word that is none."""
+        found = []
+        for key, words in self.variants.items():
+            check_expected({key: tuple(words)}, metadata)
+            found.append(words[str(metadata.get(key, next(iter(words))))])
+        return found
 
     def _check_architecture(self, metadata: Mapping[str, object]) -> None:
         if "general.architecture" not in metadata:
@@ -232,7 +249,12 @@ class _Builder:
 
     def _node(self, statement: Statement, prefix: str) -> Node:
         ins = tuple(self.known[name] for name in statement.ins)
-        attrs = {key: self._literal(value) for key, value in statement.attrs}
+        absent = self.spec.optional_sizes - self.binding.sizes.keys()
+        attrs = {
+            key: self._literal(value)
+            for key, value in statement.attrs
+            if not (isinstance(value, Name) and value.name in absent)
+        }
         try:
             types = OPS[statement.op].infer([value.type for value in ins], attrs)
         except TypeMismatch as problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import ModelFileError, SpecError, UnsupportedModelError
 from .expression import Number, evaluate
@@ -75,6 +75,24 @@ class Size:
         if not self.low <= number <= self.high:
             raise ModelFileError(f"is {number}, wanted {wanted}", field=field)
         return number
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a word at a key means: sizes that are read for it, and what holds for it alone (see `ModelSpec`)."""
+
+    sizes: tuple[str, ...] = ()
+    checks: tuple[tuple[str, str, Origin], ...] = ()
+    expected: Mapping[str, tuple[int | float | str, ...]] = field(default_factory=dict)
+
+
+def check_expected(expected: Mapping[str, tuple[int | float | str, ...]], metadata: Mapping[str, object]) -> None:
+    """UnsupportedModelError for a key that is there and has another value than those."""
+    for key, allowed in expected.items():
+        value = metadata.get(key, allowed[0])
+        if not isinstance(value, (str, numbers.Real)) or value not in allowed:
+            known = " or ".join(map(str, allowed))
+            raise UnsupportedModelError(f"{key} is {shown(value)}, psigraph computes only {known}")
 
 
 @dataclass(frozen=True)

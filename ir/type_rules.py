@@ -43,7 +43,20 @@ def merge_heads(t: Types, attrs: Attributes) -> Results:
     return (f32(heads * head_dim),)
 
 
+def check_rope(attrs: Attributes) -> None:
+    """The attributes of a rotation go together (`meaning.turning`)."""
+    yarn = ("original", "beta_fast", "beta_slow")
+    given = [name for name in yarn if name in attrs]
+    if given and len(given) < len(yarn):
+        raise TypeMismatch(f"{given[0]} goes with all of {', '.join(yarn)}")
+    if given and not (attrs["theta"] > 1 and attrs["original"] > 0 and min(attrs["beta_fast"], attrs["beta_slow"]) > 0):
+        raise TypeMismatch("wanted theta above 1, original, beta_fast and beta_slow above 0")
+    if not attrs.get("factor", 1.0) >= 1:
+        raise TypeMismatch(f"factor is {attrs['factor']}, wanted 1 or more")
+
+
 def rope(t: Types, attrs: Attributes) -> Results:
+    check_rope(attrs)
     heads, head_dim = t.expect("x", "f32", (None, None))
     t.scalar("position")
     if head_dim % 2:
@@ -168,6 +181,7 @@ def embed_norm(t: Types, attrs: Attributes) -> Results:
 
 
 def rope_append(t: Types, attrs: Attributes) -> Results:
+    check_rope(attrs)
     kv_heads, _, head_dim = t.expect("k_cache", CACHE_DTYPES, (attrs["kv_heads"], None, None))
     heads = attrs["heads"]
     if heads < 1 or heads % kv_heads:

@@ -100,6 +100,8 @@ def verify(graph: Graph, lowered: bool = False) -> None:
 def takeovers(node: Node) -> dict[str, str]:
     """Operand name -> name of the result that overwrites its memory."""
     op = OPS[node.op]
+    if not op.consumes:
+        return {}
     operands = op.operand_names(len(node.ins))
     results = op.result_names(len(node.ins), node.attributes)
     return {node.ins[operands.index(name)].name: node.outs[results.index(name)].name for name in op.consumes}

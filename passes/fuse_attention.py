@@ -15,6 +15,7 @@ after:
 from __future__ import annotations
 
 from ..ir.graph import Graph
+from ..ir.ops import ROPE_SCALING
 from .rewriter import Rewriter
 from .rule import Rule, apply_rules
 
@@ -27,6 +28,7 @@ RULE = Rule(
     after="""%a, %k_cache2, %v_cache2 =
                  rope_attention(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %position)
                      {eps=$eps, theta=$theta, scale=$scale, heads=$heads, kv_heads=$kv_heads}""",
+    carried=ROPE_SCALING,
 )
 
 

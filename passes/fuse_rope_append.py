@@ -24,6 +24,7 @@ norms on q and k keeps the single ops.
 from __future__ import annotations
 
 from ..ir.graph import Graph
+from ..ir.ops import ROPE_SCALING
 from .rewriter import Rewriter
 from .rule import Rule, apply_rules
 
@@ -42,6 +43,7 @@ RULE = Rule(
                  rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %position)
                      {eps=$eps, theta=$theta, heads=$heads, kv_heads=$kv_heads}
              %a = attention(%q_turned, %k_cache2, %v_cache2, %position) {scale=$scale}""",
+    carried=ROPE_SCALING,
 )
 
 

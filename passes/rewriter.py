@@ -26,8 +26,8 @@ class Rewriter:
 
     def _number(self, first: int) -> None:
         """Gives the nodes from `first` on their places."""
-        for place in range(first, len(self.nodes)):
-            self.place[id(self.nodes[place])] = place
+        last = len(self.nodes)
+        self.place.update(zip(map(id, self.nodes[first:]), range(first, last), strict=True))
 
     def _learn(self, node: Node) -> None:
         for out in node.outs:

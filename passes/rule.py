@@ -8,12 +8,13 @@ not named must be absent. A match is a set of nodes that are wired as `before` s
 - values that `after` does not make have no reader outside of the match and are no result;
 - the graph can be ordered after the change.
 
-`where`, if there is one, gets the values by name and decides in the end.
+`where`, if there is one, gets the values by name and decides in the end. `carried` are attributes that may be there
+or not: a match has them at all nodes whose op knows them, with one value, or at none, and so has what takes its place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..ir.graph import Literal, Node, Value
@@ -30,19 +31,21 @@ class Match:
 
     values: dict[str, Value] = field(default_factory=dict)
     captures: dict[str, Literal] = field(default_factory=dict)
+    carried: dict[str, Literal | None] = field(default_factory=dict)  # None: seen to be absent
     nodes: dict[int, Node] = field(default_factory=dict)
 
     def copy(self) -> Match:
-        return Match(dict(self.values), dict(self.captures), dict(self.nodes))
+        return Match(dict(self.values), dict(self.captures), dict(self.carried), dict(self.nodes))
 
 
 class Rule:
-    """before, after: op lines; where: a condition on the matched values. See the module's text."""
+    """before, after: op lines; where: a condition on the matched values; carried: attributes. See the module's text."""
 
-    def __init__(self, before: str, after: str, where: Condition | None = None) -> None:
+    def __init__(self, before: str, after: str, where: Condition | None = None, carried: Collection[str] = ()) -> None:
         self.before = Reader(before, "before").statements()
         self.after = Reader(after, "after").statements()
         self.where = where
+        self.carried = carried
         made = {name for statement in self.after for name, _ in statement.outs}
         inner = {name for statement in self.before for name, _ in statement.outs}
         self.vanishing = inner - made
@@ -70,7 +73,7 @@ class Rule:
         """Matches whose last line is this node."""
         match = Match()
         last = len(self.before) - 1
-        if _unify(self.before[last], node, match):
+        if self._unify(self.before[last], node, match):
             match.nodes[last] = node
             yield from self._extend(rewriter, match)
 
@@ -83,7 +86,7 @@ class Rule:
             if any(node is other for other in match.nodes.values()):
                 continue
             trial = match.copy()
-            if _unify(self.before[index], node, trial):
+            if self._unify(self.before[index], node, trial):
                 trial.nodes[index] = node
                 yield from self._extend(rewriter, trial)
 
@@ -123,6 +126,8 @@ class Rule:
         for statement in self.after:
             ins = tuple(values[name] for name in statement.ins)
             attrs = {key: _literal(value, match) for key, value in statement.attrs}
+            carried = {key: match.carried.get(key) for key in self._carried_by(statement.op)}
+            attrs |= {key: value for key, value in carried.items() if value is not None}
             types = OPS[statement.op].infer([value.type for value in ins], attrs)
             for (name, _), type_ in zip(statement.outs, types, strict=True):
                 if name not in values:
@@ -131,27 +136,33 @@ class Rule:
             nodes.append(Node(outs, statement.op, ins, tuple(attrs.items()), origin))
         return nodes
 
+    def _unify(self, statement: Statement, node: Node, match: Match) -> bool:
+        """Extends the match by one line and node; False (and a match of no use) if they differ."""
+        if node.op != statement.op or len(node.ins) != len(statement.ins) or len(node.outs) != len(statement.outs):
+            return False
+        named = [name for name, _ in statement.outs] + list(statement.ins)
+        for name, value in zip(named, (*node.outs, *node.ins), strict=True):
+            if match.values.setdefault(name, value).name != value.name:
+                return False
+        attrs = node.attributes
+        for key in self._carried_by(node.op):
+            carried = attrs.pop(key, None)
+            if match.carried.setdefault(key, carried) != carried:
+                return False
+        if set(attrs) != {key for key, _ in statement.attrs}:
+            return False
+        for key, wanted in statement.attrs:
+            known = match.captures.setdefault(wanted.name, attrs[key]) if isinstance(wanted, Name) else wanted
+            if known != attrs[key] or type(known) is not type(attrs[key]):
+                return False
+        return True
+
+    def _carried_by(self, op: str) -> list[str]:
+        return [key for key in self.carried if key in OPS[op].optional]
+
 
 def _literal(value: Literal | Name, match: Match) -> Literal:
     return match.captures[value.name] if isinstance(value, Name) else value
-
-
-def _unify(statement: Statement, node: Node, match: Match) -> bool:
-    """Extends the match by one line and node; False (and a match of no use) if they differ."""
-    if node.op != statement.op or len(node.ins) != len(statement.ins) or len(node.outs) != len(statement.outs):
-        return False
-    named = [name for name, _ in statement.outs] + list(statement.ins)
-    for name, value in zip(named, (*node.outs, *node.ins), strict=True):
-        if match.values.setdefault(name, value).name != value.name:
-            return False
-    attrs = node.attributes
-    if set(attrs) != {key for key, _ in statement.attrs}:
-        return False
-    for key, wanted in statement.attrs:
-        known = match.captures.setdefault(wanted.name, attrs[key]) if isinstance(wanted, Name) else wanted
-        if known != attrs[key] or type(known) is not type(attrs[key]):
-            return False
-    return True
 
 
 def apply_rules(rewriter: Rewriter, *rules: Rule) -> int:

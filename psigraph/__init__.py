@@ -11,7 +11,6 @@ psigraph.compile("model.gguf", "compiled", arches=["sm_89", "sm_90a"])      # ne
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,16 +20,21 @@ if TYPE_CHECKING:
     from .api import LanguageModel
     from .compilation import Compilation
 
-try:
-    __version__ = version("psigraph")
-except PackageNotFoundError:  # imported from a source tree that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = ["SamplerSettings", "__version__", "compile", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # `psigraph --version` and `--help` need not wait for numpy, so what needs it is imported when it is asked for.
+    # What takes long to import is imported when it is asked for: `psigraph --help` need not wait for numpy, and a
+    # command on its way to the first token not for importlib.metadata.
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("psigraph")
+        except PackageNotFoundError:  # imported from a source tree that was never installed
+            return "0+unknown"
     if name == "SamplerSettings":
         from .sampler import SamplerSettings
 

@@ -1,8 +1,9 @@
 """What each part of the design is worth: a step with one pass or feature off (`psigraph ablate`).
 
 Every row is a median over whole dependent steps with cold weights, on the same GPU and in
-the same process as the row with everything on, which is measured again at the end: what
-the two full rows differ by is the noise of the others.
+the same process as the row with everything on. That one is measured again when its session
+has done its other rows, so that the program and its memory are the same, and told last:
+what the two full rows differ by is the noise of the others.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def ablate(
         raise UsageError(f"--backend {backend}: a pass is worth something in kernels; take cuda, or host to try it out")
     work = Work((0,), steps + steps // 4, 1, "chained", depth)
     rows: list[Row] = []
+    again: list[Row] = []
     where: dict[str, Any] = {}
 
     def keep(row: Row) -> None:
@@ -71,7 +73,9 @@ def ablate(
             if name == FULL and bench.session.program is not None:
                 for feature, change in FEATURES if bench.session.program.programmatic else ():
                     keep(_without_feature(bench.session, feature, change, work, steps))
-                keep(_measure(bench.session, f"{FULL}, again", work, steps))
+                again.append(_measure(bench.session, f"{FULL}, again", work, steps))
+    for row in again:
+        keep(row)
     return {
         "schema": SCHEMA,
         "model_path": str(path),

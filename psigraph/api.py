@@ -21,6 +21,7 @@ import numpy as np
 
 from .artifact import admit_file
 from .generation import GREEDY, Decoder, Limits, TextRun, TokenRun
+from .gpu_start import GpuStart
 from .guard import Guard, guard_for
 from .ir.errors import PolicyRefusal, UsageError
 from .policy import Admission
@@ -64,9 +65,10 @@ class LanguageModel:
         policy: str | None = None,
         warn: Warn | None = None,
         on_hash: Callable[[int, int], None] | None = None,
+        start: GpuStart | None = None,
         **options: Any,
     ) -> None:
-        """See `psigraph.load`. warn: gets the policy's warnings; None: Python's warnings."""
+        """See `psigraph.load`. warn: gets the policy's warnings; None: Python's warnings. start: see `open_session`."""
         if policy not in (None, "medpsy"):
             raise UsageError(f"policy is {policy!r}; give 'medpsy', or None")
         self._path, self._backend, self._options = path, backend, options
@@ -87,7 +89,7 @@ class LanguageModel:
 
         self._admit = admit
         try:
-            self._open(check=self._tokenizer.start)
+            self._open(check=self._tokenizer.start, start=start)
         except BaseException:
             self._tokenizer.close()
             raise
@@ -108,8 +110,12 @@ class LanguageModel:
             **self._options,
             **hooks,
         )
-        if self.session.backend == "cuda":  # elsewhere kernels take longer to compile than most prompts to run
-            self.session.expect_prompt(LONG_PROMPT)
+        try:
+            if self.session.backend == "cuda":  # elsewhere kernels take longer to compile than most prompts to run
+                self.session.expect_prompt(LONG_PROMPT)
+        except BaseException:
+            self.session.close()
+            raise
         self._decoder = Decoder(self.session)
 
     def _have(self, *, sampling: bool = False, logits: bool = False) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from .artifact import admit_file, artifact_record, check_model_size
 from .build import Model
 from .environment import GpuSnapshot, machine_record, peak_memory_bytes, seconds_since_start
+from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import UsageError
 from .policy import Admission
 from .profile import POSITIONS, Profile, measure_profile
@@ -120,16 +121,19 @@ def prepared(
     prompt_tokens: int = 0,
     prefill: str = "auto",
     filling: Filling = BENCH_FILLING,
+    start: GpuStart | None = None,
     **hooks: Any,
 ) -> Iterator[Bench]:
     """A session in which `work` can be measured.
 
-    The GPU's state is asked for first, then the policy; only an admitted file's weights are read. hooks: on_load and
-    on_compile of `open_session`, on_hash of `admit_file`. prompt_tokens: of the prompt that `prompt_record` is to
-    measure, 0 for none. extra_positions: that a profile needs besides. on_size: gets
-    the model's size before a weight is read; may raise. prompt_name, filling: words for errors.
+    The GPU's state is asked for before this process is on it, and the policy before an admitted file's weights are
+    read. start: the GPU's driver, on its way already, best with a snapshot. hooks: on_load and on_compile of
+    `open_session`, on_hash of `admit_file`. prompt_tokens: of the prompt that `prompt_record` is to measure, 0 for
+    none. extra_positions: that a profile needs besides. on_size: gets the model's size before a weight is read; may
+    raise. prompt_name, filling: words for errors.
     """
-    snapshot = GpuSnapshot() if backend in ("auto", "cuda") else None
+    if start is None and backend in GPU_BACKENDS:
+        start = GpuStart(device, with_snapshot=True)
     on_hash = hooks.pop("on_hash", None)
     admissions: list[Admission] = []
     sizes: list[str] = []
@@ -148,17 +152,24 @@ def prepared(
 
     outputs = ("logits",) if work.mode == "forced" else ()
     positions = max(work.positions + extra_positions, prompt_tokens)
-    with open_session(
-        *(path, backend, device, ctx, outputs, graph, disable),
-        positions=positions,
-        kv_type=kv_type,
-        prefill=prefill,
-        admit=admit,
-        check=check,
-        filling=filling,
-        **hooks,
-    ) as session:
-        yield Bench(session, admissions[0], sizes[0], snapshot)
+    try:
+        session = open_session(
+            *(path, backend, device, ctx, outputs, graph, disable),
+            positions=positions,
+            kv_type=kv_type,
+            prefill=prefill,
+            admit=admit,
+            check=check,
+            filling=filling,
+            start=start,
+            **hooks,
+        )
+    except BaseException:
+        if start is not None:
+            start.close()
+        raise
+    with session:
+        yield Bench(session, admissions[0], sizes[0], start.snapshot() if start is not None else None)
 
 
 def run_bench(
@@ -173,12 +184,13 @@ def run_bench(
     profile: bool = False,
     prompt_tokens: int = 0,
     on_run: Progress | None = None,
+    on_prompt: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """The report of a benchmark, as `report.build_report` makes it; nothing is written.
 
     options: those of `prepared`. profile: time every kernel of the step too. prompt_tokens: measure how fast a prompt
-    of so many tokens goes in too, 0 for no. on_run(runs done, runs in all).
+    of so many tokens goes in too, 0 for no. on_run(runs done, runs in all); on_prompt: see `prompt_record`.
     """
     work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth)
     options |= {"extra_positions": POSITIONS if profile else 0, "prompt_tokens": prompt_tokens}
@@ -187,6 +199,7 @@ def run_bench(
             *(bench.session, work, bench.admission, bench.model_size, bench.snapshot, on_run),
             profile=profile,
             prompt_tokens=prompt_tokens,
+            on_prompt=on_prompt,
         )
 
 
@@ -226,6 +239,7 @@ def measure(
     *,
     profile: bool = False,
     prompt_tokens: int = 0,
+    on_prompt: Progress | None = None,
 ) -> dict[str, Any]:
     """The report of a session's benchmark: warm-up, runs, step times, a prompt, then the memory's bandwidth."""
     timings: dict[str, Any] = dict(session.timings)
@@ -245,7 +259,7 @@ def measure(
     timings["warm_first_token_ms"] = median(run.first_token_ms for run in runs)
     timings["step_us"] = step_quantiles(session, work)
     if prompt_tokens:
-        timings["prompt"] = prompt_record(session, prompt_tokens, work.repeats)
+        timings["prompt"] = prompt_record(session, prompt_tokens, work.repeats, on_prompt)
     artifact = artifact_record(session.model)
     artifact["bytes_per_token"] = bytes_per_token(session, work)
     bandwidth = roofline(session, work)
@@ -273,25 +287,41 @@ def measure(
     )
 
 
-def prompt_record(session: Session, tokens: int, repeats: int) -> dict[str, Any]:
+def prompt_record(session: Session, tokens: int, repeats: int, on_prompt: Progress | None = None) -> dict[str, Any]:
     """How fast a prompt goes in: {tokens, way, first_token_ms of every run, and of their median the rate}.
 
-    Timed from the first id until the host knows the token behind the last one, after one run that nobody times. The
-    rate is the prompt's tokens by that time, so it has the choice of a token in it, which `llama-bench`'s pp has not.
+    Timed from the first id until the host knows the token behind the last one, after one run that nobody times. In
+    numpy that run is of a few ids, and there is one timed run: a prompt takes as many seconds as elsewhere
+    milliseconds. The rate is the prompt's tokens by that time, so it has the choice of a token in it, which
+    `llama-bench`'s pp has not. on_prompt(ids fed, ids in all), over all runs.
     """
     session.expect_prompt(tokens)
+    in_numpy = session.backend == "cpu"
     ids, found = filler_ids(tokens, session.vocabulary), []
-    for _ in range(repeats + 1):
+    warm_up = ids[:WARM_UP_TOKENS_ON_CPU] if in_numpy else ids
+    runs = [warm_up, *[ids] * (1 if in_numpy else repeats)]
+    total, before = sum(map(len, runs)), 0
+
+    def on_step(index: int) -> None:
+        if on_prompt:
+            on_prompt(before + index + 1, total)
+
+    for run in runs:
         session.reset()
         session.engine.synchronize()
         began = time.perf_counter()
-        session.feed(ids)
+        if in_numpy:
+            session.engine.feed(run, on_step)
+        else:  # at once: a look at every id would be a step for every id
+            session.feed(run)
         session.engine.chosen()
         found.append(1e3 * (time.perf_counter() - began))
+        on_step(len(run) - 1)
+        before += len(run)
     middle = median(found[1:])
     return {
         "tokens": tokens,
-        "way": session.prefill,
+        "way": session.prefill_of(tokens),
         "first_token_ms": found[1:],
         "median_first_token_ms": middle,
         "prompt_tokens_per_second": 1e3 * tokens / middle,
@@ -400,7 +430,7 @@ def kernel_times(session: Session, work: Work, bandwidth: dict[str, float] | Non
 
 def environment(session: Session, snapshot: GpuSnapshot | None) -> dict[str, Any]:
     """The `environment` of a report. No `gpu` where none was used."""
-    found = {**machine_record(), **session.facts, "peak_host_bytes": peak_memory_bytes()}
+    found = {**machine_record(), **session.facts, "prefill": session.prefill, "peak_host_bytes": peak_memory_bytes()}
     facts, driver = session.device_facts, session.driver
     if session.backend == "cuda" and facts is not None and driver is not None:
         parts = [driver.attribute(name) for name in ("PCI_DOMAIN_ID", "PCI_BUS_ID", "PCI_DEVICE_ID")]

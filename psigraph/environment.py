@@ -6,11 +6,9 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-from . import __version__
 
 _SECONDS = 20  # an nvidia-smi that takes longer does not answer
 _BUSY_PERCENT = 5  # utilization above this: somebody computes there whose process is not shown (another container)
@@ -36,9 +34,12 @@ class GpuSnapshot:
     """What nvidia-smi says of all GPUs. Take it before this process has a context on one: it would show itself."""
 
     def __init__(self) -> None:
-        self.gpus = [dict(zip(_GPU_FIELDS, row, strict=False)) for row in _smi("--query-gpu=" + ",".join(_GPU_FIELDS))]
         # gpu_uuid first, to tell GPUs apart; the rest is the question that every report of this field records.
-        self.processes = _smi("--query-compute-apps=gpu_uuid,pid,process_name,used_gpu_memory")
+        of_gpus = "--query-gpu=" + ",".join(_GPU_FIELDS)
+        of_processes = "--query-compute-apps=gpu_uuid,pid,process_name,used_gpu_memory"
+        with ThreadPoolExecutor(max_workers=2) as pool:  # an answer takes a tenth of a second and more
+            gpus, self.processes = pool.map(_smi, (of_gpus, of_processes))
+        self.gpus = [dict(zip(_GPU_FIELDS, row, strict=False)) for row in gpus]
 
     def of(self, bus_id: str | None) -> dict[str, Any]:
         """For a report: driver, clocks, and whether the GPU at this PCI address (`0000:18:00.0`) was idle."""
@@ -65,6 +66,8 @@ class GpuSnapshot:
 
 def machine_record() -> dict[str, Any]:
     """Versions, processor and commit; no name and no address of the machine."""
+    from . import __version__
+
     return {
         "psigraph": __version__,
         "commit": commit(),
@@ -142,6 +145,8 @@ def _processor() -> str:
 
 
 def _version(package: str) -> str | None:
+    from importlib import metadata  # brings the whole of `email`, which nothing before a report needs
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from .codegen.target import Target, target_for
 from .compilation import PROGRAM_FILE, Built, Source, default_target, program_record, stages_of
 from .ir.errors import ModelFileError, UsageError
 from .ir.graph import Graph, layer_of
+from .ir.program import Program
 from .ir.text import parse_graph, print_graph
 from .ir.types import CACHE_DTYPES
 from .json_file import read_json
@@ -81,11 +83,28 @@ class Inspected:
         """The content of program.json."""
         return self._program()
 
+    def prompt_program(self) -> Program:
+        """What takes a chunk of a prompt in, by own kernels."""
+        return lower_prefill(self.prompt, target_for(self.program()["arch"]))
+
+    def launches(self, name: str, layer: int | None = None) -> list[dict[str, Any]]:
+        """The launches of a kernel, in order; UsageError if it has none in that layer."""
+        record = json.loads(self.prompt_program().to_json()) if name.startswith(PREFILL) else self.program()
+        found = [launch for launch in record["launches"] if launch["kernel"] == name]
+        if layer is None:
+            return found
+        here = [launch for launch in found if launch["layer"] == layer]
+        if not here:
+            layers = sorted({launch["layer"] for launch in found if launch["layer"] is not None})
+            where = f"in layer {', '.join(map(str, layers))}" if layers else "outside of the layers"
+            raise UsageError(f"--layer {layer}: {name} is launched {where}, not there")
+        return here
+
     def kernel(self, name: str) -> str:
         """A kernel's text, a prompt's (by own kernels, `prefill_...`) too; UsageError lists the kernels."""
         known = self.program()["kernels"]
         if name.startswith(PREFILL):
-            program = lower_prefill(self.prompt, target_for(self.program()["arch"]))
+            program = self.prompt_program()
             known = [kernel.name for kernel in program.kernels]
             if name in known:
                 return program.kernel(name).text

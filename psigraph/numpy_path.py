@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class NumpyTimings:
-    """Seconds and bytes of what happened before the first token, named as in `runtime.engine.Timings`."""
+    """Seconds and bytes of what happened before the first token, named as in `runtime.measuring.Timings`."""
 
     load_s: float = 0.0
     modules_s: float = 0.0
@@ -96,6 +96,9 @@ class NumpyEngine:
                 if progress:
                     progress(self.timings.bytes_loaded, total)
         return weights
+
+    chunked = False
+    prefill_way = "token by token: numpy"
 
     def reset(self) -> None:
         """Back to position 0; the cache's old contents are never read again."""

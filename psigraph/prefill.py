@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 PREFILLS = ("auto", "own", "library", "off")
 
 
-def check_prefill(prefill: str, backend: str) -> None:
-    """UsageError for a way that does not exist, or not on this backend."""
+EXPLICIT = ("own", "library")
+"""Ways that nothing else may take the place of."""
+
+
+def check_prefill(prefill: str, backend: str, why: str = "") -> None:
+    """UsageError for a way that does not exist, or not on this backend. why: how it came to be this one."""
     if prefill not in PREFILLS:
         raise UsageError(f"prefill {prefill}: choose one of {', '.join(PREFILLS)}")
+    if prefill in EXPLICIT and backend == "cpu":
+        raise UsageError(f"prefill {prefill}: {why}numpy takes prompts in token by token; take auto or off")
     if prefill == "library" and backend not in ("cuda", "auto"):
         raise UsageError(f"prefill library: the backend {backend} has no library for products; take own or auto")
 

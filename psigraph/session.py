@@ -11,23 +11,24 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from . import gpu_start
 from .build import Model, fuse, open_model
 from .codegen.lower import lower
-from .codegen.target import Target, arch_of_capability, target_for
+from .codegen.target import Target, arch_of_capability, stand_in_target, target_for
+from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
 from .ir.spec import check_cache_type
 from .ir.types import CACHE_DTYPES
 from .passes.use_sampler import SAMPLER
-from .prefill import check_prefill, prefill_maker
+from .prefill import EXPLICIT, check_prefill, prefill_maker
 from .report import ENGINES
 from .runtime.gguf_file import GgufFile
 from .runtime.kernel_cache import KernelCache, default_cache_dir
@@ -62,6 +63,10 @@ class DecodeEngine(Protocol):
 
     @property
     def has_logits(self) -> bool: ...
+    @property
+    def chunked(self) -> bool: ...
+    @property
+    def prefill_way(self) -> str: ...
 
     def reset(self) -> None: ...
     def rewind(self, position: int) -> None: ...
@@ -143,17 +148,22 @@ class Session:
     @property
     def prefill(self) -> str:
         """How long prompts go in: "own kernels, 512 tokens at once", or "token by token" and why."""
-        return getattr(self.engine, "prefill_way", "token by token: numpy")
+        return self.engine.prefill_way
+
+    def prefill_of(self, tokens: int) -> str:
+        """How a prompt of so many tokens goes in: `prefill`, unless it is too short for a chunk."""
+        if self.engine.chunked and tokens <= FEWEST:
+            return f"token by token: a prompt of up to {FEWEST} tokens"
+        return self.prefill
 
     @property
     def fed_at_once(self) -> int:
         """Ids that one `feed` may have so that it takes no longer than a person waits who wants to stop it."""
         if self.backend == "cpu":
             return 1
-        chunked = not self.prefill.startswith("token by token")
         if self.backend == "host":
-            return 128 if chunked else 1
-        return 8192 if chunked else 512
+            return 128 if self.engine.chunked else 1
+        return 8192 if self.engine.chunked else 512
 
     def expect_prompt(self, tokens: int) -> None:
         """Make ready now what takes a prompt of so many tokens in, which else the first such prompt waits for."""
@@ -230,6 +240,7 @@ def open_session(
     admit: Callable[[GgufFile], None] | None = None,
     check: Callable[[Model], None] | None = None,
     filling: Filling = Filling(),
+    start: GpuStart | None = None,
     on_load: Progress | None = None,
     on_compile: Progress | None = None,
 ) -> Session:
@@ -248,10 +259,12 @@ def open_session(
     cache_dtype  "f16", or "f32": a cache that is not rounded, in numpy only.
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
     prefill      how prompts go in, see `prefill`: "own" kernels by chunks, a "library"'s products, "off": token by
-                 token, "auto": the library on a GPU that has one, else own kernels. In numpy always token by token.
+                 token, "auto": the library on a GPU that has one, else own kernels, else, and always in numpy, token
+                 by token. "own" and "library" are errors where they cannot be done.
     admit        called with the open file before anything else is asked of it, check: with the model before any
                  weight is read; both may raise.
     filling      how errors speak of `positions`.
+    start        the driver of GPU `device`, on its way already; the session owns it then.
     on_load      (bytes read, bytes in all); on_compile: (kernels compiled, kernels in all).
 
     Raises the errors of `open_model`, UsageError for options that cannot work, DeviceError and OutOfMemoryError.
@@ -267,22 +280,21 @@ def open_session(
     check_prefill(prefill, backend)
     opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, on_load, on_compile)
     # A driver takes a third of a second to start, which the header and the passes can use.
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        starting = pool.submit(_start_driver, device) if backend in ("auto", "cuda") else None
-        model: Model | None = None
-        try:
-            began = time.perf_counter()
-            model = open_model_for(path, ctx, positions, admit, filling, kv_type)
-            if check is not None:
-                check(model)
-            opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
-            return opener.open(model, backend, starting)
-        except BaseException:
-            if starting is not None and starting.exception() is None:
-                starting.result().close()
-            if model is not None:
-                model.file.close()
-            raise
+    starting = (start or GpuStart(device)) if backend in GPU_BACKENDS else None
+    model: Model | None = None
+    try:
+        began = time.perf_counter()
+        model = open_model_for(path, ctx, positions, admit, filling, kv_type)
+        if check is not None:
+            check(model)
+        opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
+        return opener.open(model, backend, starting)
+    except BaseException:
+        if starting is not None:
+            starting.close()
+        if model is not None:
+            model.file.close()
+        raise
 
 
 def open_model_for(
@@ -332,13 +344,6 @@ def check_ids(ids: Sequence[int], vocabulary: int, named: str = "") -> None:
             raise UsageError(f"{begin}token id {token} is outside the vocabulary; ids are 0 to {vocabulary - 1}")
 
 
-def _start_driver(device: int) -> Driver:
-    """The driver's context, made in a thread of its own; whoever uses it makes it current there."""
-    from .runtime.driver import Driver
-
-    return Driver(device)
-
-
 class _Opener:
     """The options of `open_session` on their way to an engine."""
 
@@ -361,7 +366,7 @@ class _Opener:
         self.timings: dict[str, float] = {}
         self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if sampling else {}
 
-    def open(self, model: Model, backend: str, starting: Future[Driver] | None) -> Session:
+    def open(self, model: Model, backend: str, starting: GpuStart | None) -> Session:
         ends = _end_tokens(model)
         began = time.perf_counter()
         fused = fuse(model.graph(self.outputs, self.sampling), self.disable)[0]
@@ -372,6 +377,7 @@ class _Opener:
             self._lap("driver_ms", began)
             if found is not None:
                 return self._on_device("cuda", model, fused, ends, found)
+            check_prefill(self.prefill, "cpu", f"no GPU works here ({reason}), and ")
             return self._in_numpy(model, fused, ends, reason)
         if backend == "cpu":
             return self._in_numpy(model, fused, ends, "")
@@ -379,7 +385,7 @@ class _Opener:
 
         began = time.perf_counter()
         host.activate()
-        driver = _start_driver(self.device)
+        driver = gpu_start.start_driver(self.device)
         self._lap("driver_ms", began)
         return self._on_device("host", model, fused, ends, driver)
 
@@ -397,9 +403,9 @@ class _Opener:
             driver.call("cuCtxSetCurrent", driver.context)
             facts = driver.facts()
             arch = "host" if backend == "host" else arch_of_capability(*facts.capability)
-            target = target_for(arch, facts.sm_count)
-            if backend == "host" and facts.capability < (9, 0):  # PSIGRAPH_HOST_CAPABILITY tries out older GPUs
-                target = target.plain()
+            # PSIGRAPH_HOST_CAPABILITY tries out other GPUs.
+            on_host = backend == "host"
+            target = stand_in_target(facts.capability, facts.sm_count) if on_host else target_for(arch, facts.sm_count)
             began = time.perf_counter()
             shapes = self._shapes(backend, facts)
             program = lower(fused, target, shapes)
@@ -417,6 +423,7 @@ class _Opener:
                 progress=self.on_load,
                 constants=self.constants,
                 prefill=prefill_maker(self.prefill, backend, model, self.sampling, target, driver),
+                must_prefill=f"prefill {self.prefill}" if self.prefill in EXPLICIT else "",
             )
             if self.prefill == "library":  # who asks for it hears now, and not at the first prompt, that there is none
                 try:
@@ -470,10 +477,10 @@ class _Opener:
             self.timings[f"{name}_ms"] = 1e3 * getattr(timings, f"{name}_s")
 
 
-def _settled(starting: Future[Driver], may_fail: bool) -> tuple[Driver | None, str]:
+def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
     """The started driver, or (None, why not) where another backend may take its place."""
     try:
-        driver = starting.result()
+        driver = starting.take()
     except DeviceError as error:
         if may_fail:
             return None, str(error)
@@ -497,7 +504,7 @@ def _settled(starting: Future[Driver], may_fail: bool) -> tuple[Driver | None, s
 
 
 def _end_tokens(model: Model) -> tuple[int, ...]:
-    from .runtime.tokenizer import end_tokens
+    from .runtime.end_tokens import end_tokens
 
     return end_tokens(model.file)
 
@@ -505,7 +512,7 @@ def _end_tokens(model: Model) -> tuple[int, ...]:
 def present_target() -> Target | None:
     """The target of GPU 0 of this machine, with its number of multiprocessors; None where no GPU works."""
     try:
-        driver = _start_driver(0)
+        driver = gpu_start.start_driver(0)
     except DeviceError:
         return None
     try:

@@ -23,6 +23,7 @@ from typing import Any
 
 from .ir.errors import ModelFileError, OutputError, UnsupportedModelError, UsageError
 from .runtime.gguf_file import GgufFile
+from .runtime.gguf_strings import StringArray
 
 KEY = "tokenizer.chat_template"
 CPU_SECONDS = 2
@@ -57,7 +58,7 @@ class ChatTemplate:
         tokens = {}
         for variable, name in _NAMED_TOKENS.items():
             index = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if isinstance(words, list) and isinstance(index, int) and 0 <= index < len(words):
+            if isinstance(words, (StringArray, list)) and isinstance(index, int) and 0 <= index < len(words):
                 tokens[variable] = words[index]
         return cls(source, tokens)
 

@@ -18,7 +18,7 @@ import numpy as np
 from .codegen.emit_product import PRODUCTS
 from .codegen.lower import lower, product_class
 from .codegen.shapes import MAX_SLICE
-from .codegen.target import Target, target_for
+from .codegen.target import Target, stand_in_target, target_for
 from .codegen.weight_types import superblocks
 from .ir.errors import UnsupportedModelError, UsageError
 from .ir.graph import Graph, Node
@@ -72,8 +72,9 @@ def target_of(session: Session) -> Target:
     """The target that a session's program was written for; UsageError where no kernels run."""
     if session.program is None:
         raise UsageError("the backend cpu runs no kernels: there is nothing to tune")
-    target = target_for(str(session.program.notes["arch"]), session.program.sm_count)
-    return target if session.program.programmatic else target.plain()
+    if session.backend == "host" and session.device_facts is not None:
+        return stand_in_target(session.device_facts.capability, session.program.sm_count)
+    return target_for(str(session.program.notes["arch"]), session.program.sm_count)
 
 
 def tune(session: Session, target: Target, limit_s: float = LIMIT_S, report: Report | None = None) -> Tuned:

@@ -8,9 +8,7 @@ it learns tokens in chunks, copied behind the step that made them.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,35 +19,14 @@ from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, Us
 from ..ir.program import Buffer, Launch, Program
 from .compiler import CompiledKernel
 from .driver import Driver, HostMemory
+from .measuring import PROBE, Timings, read_bandwidth, step_times
 from .prefill import FEWEST, Prefill, PrefillMaker
-from .tables import table_values
+from .replay import captured, replayed
+from .tables import end_token_slots, table_values
 from .upload import WeightSource, upload_weights
 
 ALIGNMENT = 256
 CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
-END_TOKEN_SLOTS = 8
-PROBE = "read_bandwidth"
-PROBE_BYTES = 8 << 30  # that one launch reads, going over the weights several times
-
-
-@dataclass
-class Timings:
-    """Seconds of what happened before the first token, and milliseconds around it."""
-
-    load_s: float = 0.0
-    modules_s: float = 0.0
-    capture_s: float = 0.0
-    bytes_loaded: int = 0
-
-
-@dataclass
-class _Chunk:
-    """Tokens on their way to the host."""
-
-    first: int
-    count: int
-    event: Any
-    memory: HostMemory
 
 
 @dataclass
@@ -61,7 +38,7 @@ class Engine:
     UsageError names one that is missing.
     prefill: makes what takes a prompt in by chunks, called for the first prompt or by `prepare_prefill`; None: every
     token takes a step. Where it raises UnsupportedModelError or memory is short, prompts take steps too, and
-    `prefill_way` says why.
+    `prefill_way` says why; unless must_prefill says what was asked for, and the error names it.
     """
 
     driver: Driver
@@ -74,6 +51,7 @@ class Engine:
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     prefill: PrefillMaker | None = None
+    must_prefill: str = ""
 
     def __post_init__(self) -> None:
         self.context = int(self.program.notes["context"])
@@ -97,8 +75,8 @@ class Engine:
             self._load_modules()
             self._allocate()
             self._fill()
-            self._ids = self._pinned(self.context * 4)
-            self._logits = self._pinned(self.program.buffer(self._result("logits")).nbytes) if self.has_logits else None
+            self._ids = self.pinned(self.context * 4)
+            self._logits = self.pinned(self.program.buffer(self._result("logits")).nbytes) if self.has_logits else None
             if self.graph:
                 self._capture()
             self.reset()
@@ -155,12 +133,14 @@ class Engine:
         data = np.ascontiguousarray(values)
         self._guard("cuMemcpyHtoD", self._address[buffer], data.ctypes.data, data.nbytes)
 
-    def _pinned(self, nbytes: int) -> HostMemory:
+    def pinned(self, nbytes: int) -> HostMemory:
+        """Page-locked memory until the engine is closed."""
         memory: HostMemory = self._guarded(self.driver.host_memory, nbytes)
         self._host.append(memory)
         return memory
 
-    def _event(self) -> Any:
+    def event(self) -> Any:
+        """An event until the engine is closed."""
         event = self._guard("cuEventCreate", 0)
         self._events.append(event)
         return event
@@ -172,21 +152,7 @@ class Engine:
 
     def captured(self, launch_all: Callable[[], None]) -> tuple[Any, Any]:
         """What the function queues as a graph, and that graph ready for replay."""
-        mode = self.driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        self.driver.call("cuStreamBeginCapture", self._stream, mode)
-        try:
-            launch_all()
-        except BaseException:
-            _, unfinished = self.driver.api.cuStreamEndCapture(self._stream)
-            if unfinished:
-                self.driver.api.cuGraphDestroy(unfinished)
-            raise
-        graph = self.driver.call("cuStreamEndCapture", self._stream)
-        try:
-            return graph, self.driver.call("cuGraphInstantiate", graph, 0)
-        except BaseException:
-            self.driver.api.cuGraphDestroy(graph)
-            raise
+        return captured(self.driver, self._stream, launch_all)
 
     # --- for a prompt's chunks ---
 
@@ -194,6 +160,10 @@ class Engine:
     def stream(self) -> Any:
         """The stream that everything is queued on."""
         return self._stream
+
+    def address(self, name: str) -> int:
+        """Where a buffer of the Program lies on the device."""
+        return self._address[name]
 
     def guard(self, name: str, *args: Any) -> Any:
         """A driver call after whose failure the engine refuses everything."""
@@ -208,18 +178,31 @@ class Engine:
         return {buffer: self._address[buffer.name] for buffer in self.program.buffers if buffer.kind != "scratch"}
 
     def prepare_prefill(self) -> Prefill | None:
-        """What takes prompts in by chunks, made now if it was not yet; None where there is none (`prefill_way`)."""
+        """What takes prompts in by chunks, made now if it was not yet; None where there is none (`prefill_way`).
+
+        With must_prefill UnsupportedModelError or OutOfMemoryError instead of None.
+        """
         if self._prefill is None and self.prefill is not None:
             self._check()
             maker, self.prefill = self.prefill, None
             try:
                 self._prefill = Prefill(self, maker(), self.graph)
             except (UnsupportedModelError, OutOfMemoryError) as error:
+                if self.must_prefill:
+                    self.prefill = maker  # asked again, it must not fall back either
+                    raise type(error)(
+                        f"{self.must_prefill}: {error}; auto or off takes prompts token by token"
+                    ) from None
                 self._no_prefill = str(error)
             except DeviceError as error:
                 self._failed = self._failed or str(error)
                 raise
         return self._prefill
+
+    @property
+    def chunked(self) -> bool:
+        """Whether long prompts go in by chunks, as far as is known."""
+        return not self._no_prefill
 
     @property
     def prefill_way(self) -> str:
@@ -300,7 +283,7 @@ class Engine:
         if data.shape != buffer.shape or data.dtype != wanted:
             raise UsageError(f"the constant {name} is {wanted}{list(buffer.shape)}, not {data.dtype}{list(data.shape)}")
         if name not in self._staged:
-            self._staged[name] = (self._pinned(buffer.nbytes), self._event())
+            self._staged[name] = (self.pinned(buffer.nbytes), self.event())
         memory, copied = self._staged[name]
         self._guard("cuEventSynchronize", copied)  # the copy of the contents before may still be under way
         memory.view[:] = data.tobytes()
@@ -414,31 +397,7 @@ class Engine:
             raise UsageError(
                 f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
             )
-        waiting: deque[_Chunk] = deque()
-        spare: list[tuple[Any, HostMemory]] = []
-        first = self.position - 1  # the log entry of the first token
-        queued, steps = 0, 0
-        try:
-            while queued < count or waiting:
-                while queued < count and len(waiting) < 3:
-                    size = min(chunk, count - queued)
-                    while steps < queued + size - 1:
-                        self.step()
-                        steps += 1
-                    event, memory = spare.pop() if spare else (self._event(), self._pinned(chunk * 4))
-                    source = self._address["log"] + 4 * (first + queued)
-                    self._guard("cuMemcpyDtoHAsync", memory.address, source, size * 4, self._stream)
-                    self._guard("cuEventRecord", event, self._stream)
-                    waiting.append(_Chunk(queued, size, event, memory))
-                    queued += size
-                ready = waiting.popleft()
-                self._guard("cuEventSynchronize", ready.event)
-                tokens = np.frombuffer(ready.memory.view, dtype=np.int32)[: ready.count].tolist()
-                spare.append((ready.event, ready.memory))
-                yield tokens
-        finally:
-            if waiting:  # the consumer left early: nothing may write to freed memory
-                self.driver.api.cuStreamSynchronize(self._stream)
+        yield from replayed(self, count, chunk)
 
     # --- measuring ---
 
@@ -494,36 +453,11 @@ class Engine:
 
     def read_bandwidth(self, repeats: int = 5) -> float:
         """Bytes per second that plain loads read from the weights' memory; the median of `repeats`."""
-        weights = [b for b in self.program.buffers if b.kind == "weight"]
-        start = min(self._address[b.name] for b in weights)
-        end = max(self._address[b.name] + b.nbytes for b in weights)
-        count = (end - start) // 16
-        passes = 1 if self.program.notes["arch"] == "host" else max(1, PROBE_BYTES // (end - start))
-        begin, done = self._event(), self._event()
-        seconds = []
-        for _ in range(repeats + 1):
-            self._guard("cuEventRecord", begin, self._stream)
-            args = (
-                (start, ctypes.c_void_p),
-                (count, ctypes.c_ulonglong),
-                (passes, ctypes.c_int),
-                (self._address[self.program.buffers[-1].name], ctypes.c_void_p),
-            )
-            self.driver.launch(self._functions[PROBE], 4 * self.program.sm_count, 512, 0, self._stream, args)
-            self._guard("cuEventRecord", done, self._stream)
-            self._guard("cuEventSynchronize", done)
-            seconds.append(float(self._guard("cuEventElapsedTime", begin, done)) / 1e3)
-        return count * 16 * passes / float(np.median(seconds[1:]))
+        return read_bandwidth(self, self._functions[PROBE], repeats)
 
     def step_times(self, count: int) -> np.ndarray:
         """Microseconds of `count` further steps, one event between each; float64[count]."""
-        events = [self._event() for _ in range(count + 1)]
-        self._guard("cuEventRecord", events[0], self._stream)
-        for event in events[1:]:
-            self.step()
-            self._guard("cuEventRecord", event, self._stream)
-        self.synchronize()
-        return np.array([float(self._guard("cuEventElapsedTime", a, b)) * 1e3 for a, b in itertools.pairwise(events)])
+        return step_times(self, count)
 
     # --- ending ---
 
@@ -558,12 +492,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def end_token_slots(end_tokens: Sequence[int]) -> np.ndarray:
-    """The constant `end_tokens`: int32[8], padded with -1; UsageError if there are more."""
-    if len(end_tokens) > END_TOKEN_SLOTS:
-        raise UsageError(f"{len(end_tokens)} end tokens; at most {END_TOKEN_SLOTS} are supported")
-    slots = np.full(END_TOKEN_SLOTS, -1, np.int32)
-    slots[: len(end_tokens)] = list(end_tokens)
-    return slots

@@ -98,8 +98,8 @@ class GgufFile:
     alignment      bytes; every tensor starts at a multiple of it from data_offset.
     header_end     first byte after the tensor table.
     data_offset    first byte of tensor data.
-    metadata       key to value: bool, int, float, str; numpy array (arrays of numbers and bools); list[str]
-                   (arrays of strings, bytes that are not UTF-8 kept as surrogate escapes).
+    metadata       key to value: bool, int, float, str; numpy array (arrays of numbers and bools); StringArray
+                   (arrays of strings: a sequence that decodes when it is asked, see `gguf_strings`).
     value_offsets  key to the byte offset of its value, for error messages.
     tensors        name to TensorInfo, in the file's order.
     """

@@ -12,15 +12,17 @@ that was given.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from ..ir.errors import ModelFileError, UnsupportedModelError, UsageError
+from ..ir.errors import UnsupportedModelError, UsageError
 from .byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
+from .end_tokens import PREFIX, broken, ends_among, token_id
 from .gguf_file import GgufFile
+from .gguf_strings import StringArray
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -29,12 +31,6 @@ _QWEN2_SPLIT = (
 _SPLITS = {"qwen2": _QWEN2_SPLIT, "deepseek-r1-qwen": _QWEN2_SPLIT}
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-# Texts of tokens that end a text whatever key names them; pad and bos of Qwen are one of these.
-_END_TEXTS = frozenset({"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>"})
-_END_KEYS = ("eos", "eot", "eom")
-_SOFT_END_KEYS = ("padding", "bos")
-
-_PREFIX = "tokenizer.ggml."
 
 
 class Tokenizer:
@@ -61,7 +57,7 @@ class Tokenizer:
         self._literal = frozenset(
             index for index, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
         )
-        self.end_tokens = _end_tokens(file, self._tokens)
+        self.end_tokens = ends_among(file, self._tokens)
         self._start = _start_token(file, self.vocab_size)
         self._encoder = _encoder(file, self._tokens, kinds)
         self._bytes: dict[int, bytes] = {}
@@ -127,11 +123,11 @@ class TextStream:
 
 def _require_kind(file: GgufFile) -> None:
     """The file must say that its tokenizer is the one that is built here."""
-    key = f"{_PREFIX}model"
+    key = f"{PREFIX}model"
     model = file.metadata.get(key)
     if model != "gpt2":
         raise _unsupported(key, model, "byte-level BPE ('gpt2') is supported")
-    key = f"{_PREFIX}pre"
+    key = f"{PREFIX}pre"
     split = file.metadata.get(key)
     if not isinstance(split, str) or split not in _SPLITS:
         raise _unsupported(key, split, f"the split rules {', '.join(map(repr, _SPLITS))} are supported")
@@ -143,86 +139,55 @@ def _unsupported(key: str, value: object, works: str) -> UnsupportedModelError:
 
 
 def _strings(file: GgufFile, name: str) -> list[str]:
-    key = _PREFIX + name
+    key = PREFIX + name
     value = file.metadata.get(key)
     if value is None:
         raise _unsupported(key, None, "the file must carry its vocabulary")
-    if not isinstance(value, list) or not value:
-        raise _broken(file, key, "must be an array of strings that is not empty")
-    return value
-
-
-def _broken(file: GgufFile, key: str, what: str) -> ModelFileError:
-    return ModelFileError(what, key, file.value_offsets.get(key))
+    if not isinstance(value, (StringArray, list)) or not value:
+        raise broken(file, key, "must be an array of strings that is not empty")
+    return list(value)
 
 
 def _kinds(file: GgufFile, count: int) -> list[int]:
     """Each token's kind; a file without the key has only normal tokens."""
-    key = f"{_PREFIX}token_type"
+    key = f"{PREFIX}token_type"
     value = file.metadata.get(key)
     if value is None:
         return [_NORMAL] * count
     kinds: Any = getattr(value, "tolist", lambda: None)()
     if not isinstance(kinds, list) or len(kinds) != count:
-        raise _broken(file, key, f"must be an array of {count} numbers, one for each token")
+        raise broken(file, key, f"must be an array of {count} numbers, one for each token")
     return kinds
-
-
-def _token_id(file: GgufFile, name: str, count: int) -> int | None:
-    key = f"{_PREFIX}{name}_token_id"
-    value = file.metadata.get(key)
-    if value is None:
-        return None
-    if type(value) is not int or not 0 <= value < count:
-        raise _broken(file, key, f"{ascii(value)[:40]} is no token id; ids are 0 to {count - 1}")
-    return value
-
-
-def end_tokens(file: GgufFile) -> tuple[int, ...]:
-    """Ids after which a text is over, from the file alone; needs no tokenizer of a supported kind.
-
-    Raises ModelFileError where an id is outside the vocabulary.
-    """
-    tokens = file.metadata.get(f"{_PREFIX}tokens")
-    return _end_tokens(file, tokens if isinstance(tokens, list) else [])
-
-
-def _end_tokens(file: GgufFile, tokens: Sequence[str]) -> tuple[int, ...]:
-    count = len(tokens) or 2**31
-    ends = [_token_id(file, name, count) for name in _END_KEYS]
-    soft = [_token_id(file, name, count) for name in _SOFT_END_KEYS]
-    ends += [index for index in soft if index is not None and tokens and tokens[index] in _END_TEXTS]
-    return tuple(dict.fromkeys(index for index in ends if index is not None))
 
 
 def _start_token(file: GgufFile, count: int) -> int | None:
     """The id that begins every text, where the file asks for one (Qwen does not)."""
-    if file.metadata.get(f"{_PREFIX}add_bos_token") is not True:
+    if file.metadata.get(f"{PREFIX}add_bos_token") is not True:
         return None
-    return _token_id(file, "bos", count)
+    return token_id(file, "bos", count)
 
 
 def _encoder(file: GgufFile, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
-    key = f"{_PREFIX}tokens"
+    key = f"{PREFIX}tokens"
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = next(index for index, token in enumerate(tokens) if vocabulary[token] != index)
-        raise _broken(file, key, f"tokens {twice} and {vocabulary[tokens[twice]]} are the same text")
+        raise broken(file, key, f"tokens {twice} and {vocabulary[tokens[twice]]} are the same text")
     try:
         "".join(tokens).encode("utf-8")
     except UnicodeEncodeError:
-        raise _broken(file, key, "a token is not UTF-8") from None
+        raise broken(file, key, "a token is not UTF-8") from None
     missing = [letter for letter in BYTE_LETTERS if letter not in vocabulary]
     if missing:
-        raise _broken(
+        raise broken(
             file, key, f"no token for {len(missing)} of the 256 bytes, 0x{BYTE_OF_LETTER[missing[0]]:02x} first"
         )
     merges = [_merge(file, index, merge) for index, merge in enumerate(_strings(file, "merges"))]
     try:
         encoder = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # the library raises bare Exception; with the vocabulary checked, a merge is at fault
-        raise _broken(file, f"{_PREFIX}merges", ascii(str(error))[1:121]) from None
-    split = tokenizers.Regex(_SPLITS[file.metadata[f"{_PREFIX}pre"]])
+        raise broken(file, f"{PREFIX}merges", ascii(str(error))[1:121]) from None
+    split = tokenizers.Regex(_SPLITS[file.metadata[f"{PREFIX}pre"]])
     encoder.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(split, behavior="isolated"),
@@ -247,7 +212,7 @@ def _added(tokens: list[str], kinds: list[int], wanted: tuple[int, ...], special
 def _merge(file: GgufFile, index: int, merge: str) -> tuple[str, str]:
     head, space, tail = merge.partition(" ")
     if not (head and space and tail) or " " in tail:
-        raise _broken(
-            file, f"{_PREFIX}merges", f"merge {index} is {ascii(merge)[:60]}; two tokens with a space are needed"
+        raise broken(
+            file, f"{PREFIX}merges", f"merge {index} is {ascii(merge)[:60]}; two tokens with a space are needed"
         )
     return head, tail

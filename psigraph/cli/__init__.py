@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import click
 
-from .. import __version__
 from .exit_codes import EPILOG
 from .lazy import LazyGroup
 from .shell import run
@@ -32,9 +31,24 @@ COMMANDS = {
 
 
 @click.group(cls=LazyGroup, commands_table=COMMANDS, package=__name__, epilog=EPILOG, no_args_is_help=True)
-@click.version_option(__version__, "--version", message="psigraph %(version)s")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, _, wanted: _show_version(ctx) if wanted else None,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """Compile a transformer block written in YAML into fused CUDA kernels, and run it.
 
     One decode step becomes one CUDA graph, replayed for every token.
     """
+
+
+def _show_version(context: click.Context) -> None:
+    """Not by click's own option, which wants the version before anybody asks."""
+    from .. import __version__
+
+    click.echo(f"psigraph {__version__}")
+    context.exit()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Rows are medians over whole dependent steps; the row with everything on is measured twice, and what the two
-differ by is the noise of all others.
+differ by is the noise of all others. The second time, told last, is right behind the features, in the same memory.
 
 \b
 Examples:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError
+from .begin_gpu import begin_gpu
 from .chat_input import entries, reader
 from .options import MODEL_PATH, admission_options, backend_option, policy_option, prefill_option, run_options
 from .sampling_options import new_seed, sampling_options
@@ -82,6 +83,7 @@ def command(
 ) -> None:
     """Talk with MODEL."""
     read = reader(script)
+    start = begin_gpu(backend, device)
     from dataclasses import replace
 
     from ..api import LanguageModel
@@ -105,6 +107,7 @@ def command(
             allow_blocked_quantization=allow_blocked,
             expect_sha256=expect_sha256,
             policy=policy,
+            start=start,
             warn=lambda warning: click.echo(f"psigraph: warning: {warning}", err=True),
             on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
             on_load=bars.bar("loading weights", in_bytes=True),
@@ -157,8 +160,10 @@ class Talk:
         model, settings = self._conversation.model, self._conversation.settings
         drawn = "greedy" if settings.sampler.greedy else f"seed {settings.sampler.seed}"
         session = model.session
+        # In numpy they always do, and nobody expects them not to.
+        slow = f"; prompts go in {session.prefill}" if session.backend != "cpu" and not session.engine.chunked else ""
         return (
-            f"{session.model.file.path.name} on {session.backend}, context of {model.context:,} tokens, {drawn}; "
+            f"{session.model.file.path.name} on {session.backend}, context of {model.context:,} tokens, {drawn}{slow}; "
             "/help lists commands"
         )
 

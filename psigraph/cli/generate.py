@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import UsageError
+from .begin_gpu import begin_gpu
 from .options import (
     MODEL_PATH,
     TOKEN_IDS,
@@ -105,6 +106,7 @@ def command(
     """Continue a prompt with MODEL, written as it comes."""
     _check_output(output, as_json, stream, stop, logprobs)
     text = _prompt_text(prompt, prompt_file, ids)
+    start = begin_gpu(backend, device)
     from ..artifact import admit_file
     from ..build import Model
     from ..generation import GREEDY, Decoder, Limits
@@ -155,6 +157,7 @@ def command(
                 sampling=not sampler.greedy,
                 admit=admit,
                 check=check,
+                start=start,
                 on_load=bars.bar("loading weights", in_bytes=True),
                 on_compile=bars.bar("compiling kernels"),
             )
@@ -251,6 +254,7 @@ def _record(
         "backend": session.backend,
         "context": session.context,
         "kv_type": session.kv_type,
+        "prefill": session.prefill_of(len(request.ids)),
         "timings": {**tokens.timings(), **{key: round(value, 3) for key, value in session.timings.items()}},
     }
     if tokens.logprobs:

@@ -79,7 +79,7 @@ def command(
     found = inspect_path(model, gpu_target(arch) if arch is not None else None, kv_type or "f16")
     found.check_layer(layer)
     if kernel is not None:
-        text = _kernel(found, kernel, form)
+        text = _kernel(found, kernel, layer, form)
     elif diff is not None:
         text = found.diff(diff, layer) or f"{diff} changed nothing here\n"
     elif after is not None:
@@ -112,11 +112,11 @@ def _program(found: Inspected, layer: int | None, form: str) -> str:
     return json.dumps(record, indent=1) + "\n"
 
 
-def _kernel(found: Inspected, name: str, form: str) -> str:
+def _kernel(found: Inspected, name: str, layer: int | None, form: str) -> str:
     text = found.kernel(name)
+    launches = found.launches(name, layer) if form == "json" or layer is not None else []
     if form == "text":
         return text if text.endswith("\n") else text + "\n"
-    launches = [launch for launch in found.program()["launches"] if launch["kernel"] == name]
     return json.dumps({"name": name, "text": text, "launches": launches}, indent=1) + "\n"
 
 

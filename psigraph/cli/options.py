@@ -148,7 +148,8 @@ prefill_option = click.option(
     default="auto",
     show_default=True,
     help="How prompts go in: own kernels by chunks; a library's products (a GPU, with psigraph[library]); off: token "
-    "by token, as always on the CPU in numpy. auto: the library on a GPU that has it, else own kernels.",
+    "by token, as always on the CPU in numpy. auto: the library on a GPU that has it, else own kernels, else off; own "
+    "and library end with an error where they cannot be done.",
 )
 
 

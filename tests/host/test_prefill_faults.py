@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from nano import write_nano
 
-from psigraph.ir.errors import DeviceError
+from psigraph.ir.errors import DeviceError, OutOfMemoryError
 from psigraph.runtime import host
 from psigraph.session import open_session
 
@@ -26,10 +26,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     path = write_nano(tmp_path_factory.mktemp("nano"))
     host.activate(sms=1)
 
-    def one(nth: int = 0, code: int = 0) -> tuple[int, str, list[str], list[str]]:
+    def one(nth: int = 0, code: int = 0, prefill: str = "auto") -> tuple[int, str, list[str], list[str]]:
         host.forget()
         host.inject(nth, code)
-        with open_session(path, "host", ctx=32, prefill="own") as session:
+        with open_session(path, "host", ctx=32, prefill=prefill) as session:
             before = host.calls()
             session.feed(PROMPT)
             token = session.engine.chosen()
@@ -71,6 +71,15 @@ def test_where_memory_is_short_the_prompt_takes_steps(live: Live) -> None:
         found, way, *_ = live(firsts(before, during)[name], OUT_OF_MEMORY)
         assert found == token
         assert way.startswith("token by token: "), name
+        assert host.live() == left, name
+
+
+def test_where_memory_is_short_an_explicit_way_is_an_error(live: Live) -> None:
+    _, _, before, during = live()
+    left = host.live()
+    for name in ("cuMemAlloc", "cuGraphInstantiate"):
+        with pytest.raises(OutOfMemoryError, match=r"^prefill own: .*; auto or off takes prompts token by token$"):
+            live(firsts(before, during)[name], OUT_OF_MEMORY, "own")
         assert host.live() == left, name
 
 

@@ -162,6 +162,14 @@ def test_type_rules_refuse(op, operands, attrs, message):
     assert message in str(caught.value)
 
 
+def test_what_an_op_remembers_keeps_equal_attributes_of_other_types_apart():
+    wanted = OPS["rope"].infer(types("f32[2,8]", "i32[1]"), {"theta": 1.0})
+    assert OPS["rope"].infer(types("f32[2,8]", "i32[1]"), {"theta": 1.0}) == wanted
+    for wrong in (1, True):
+        with pytest.raises(TypeMismatch, match="wants theta as float"):
+            OPS["rope"].infer(types("f32[2,8]", "i32[1]"), {"theta": wrong})
+
+
 def test_quantizable_results():
     assert OPS["matvec_add_norm"].quantizable(4, {}) == (1,)
     assert OPS["rope_attention"].quantizable(8, {}) == (0,)

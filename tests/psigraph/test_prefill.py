@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny_model import Q4
 
+from psigraph import gpu_start
 from psigraph.bench import prompt_record
 from psigraph.cli.options import prefill_option
 from psigraph.ir.errors import DeviceError, UnsupportedModelError, UsageError
@@ -117,11 +118,41 @@ def test_an_old_library_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cublas.open_cublas(Gpu())[0] is None  # type: ignore[arg-type]
 
 
-def test_the_prompts_record() -> None:
+def test_in_numpy_a_prompt_is_timed_once_and_shows_its_progress() -> None:
+    seen: list[tuple[int, int]] = []
     with open_session(Q4, "cpu") as session:
-        record = prompt_record(session, 12, 2)
+        record = prompt_record(session, 12, 3, lambda done, total: seen.append((done, total)))
         assert session.fed_at_once == 1
     assert record["tokens"] == 12
     assert record["way"] == "token by token: numpy"
-    assert len(record["first_token_ms"]) == 2
+    assert len(record["first_token_ms"]) == 1
     assert record["prompt_tokens_per_second"] == pytest.approx(12e3 / record["median_first_token_ms"])
+    assert seen[0] == (1, 20), "8 ids warm up"
+    assert seen[-1] == (20, 20)
+    assert len(set(seen)) == 20
+
+
+def test_short_prompts_go_in_token_by_token_and_the_record_says_so() -> None:
+    seen: list[tuple[int, int]] = []
+    with open_session(Q4, "host", ctx=64) as session:
+        record = prompt_record(session, 8, 1, lambda done, total: seen.append((done, total)))
+        assert session.prefill_of(9) == session.prefill == "by chunks, from the first prompt on"
+        assert session.fed_at_once == 128
+        session.engine._no_prefill = "whatever it says"  # type: ignore[attr-defined]
+        assert session.fed_at_once == 1
+    assert record["way"] == "token by token: a prompt of up to 8 tokens"
+    assert seen == [(8, 16), (16, 16)]
+
+
+@pytest.mark.parametrize("prefill", ["own", "library"])
+def test_a_way_that_needs_a_gpu_is_no_way_without_one(prefill: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: int) -> None:
+        raise DeviceError("no NVIDIA driver")
+
+    monkeypatch.setattr(gpu_start, "start_driver", start)
+    with pytest.raises(
+        UsageError, match=rf"^prefill {prefill}: no GPU works here \(no NVIDIA driver\), and numpy takes"
+    ):
+        open_session(Q4, "auto", prefill=prefill)
+    with open_session(Q4, "auto", ctx=16) as session:
+        assert session.backend == "cpu"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tiny_model import Q4, Q8, changed, divergence, reference_greedy, reference_logits
 
+from psigraph import gpu_start
 from psigraph import session as sessions
 from psigraph.build import Model
 from psigraph.ir.errors import DeviceError, ModelFileError, PolicyRefusal, UnsupportedModelError, UsageError
@@ -47,7 +48,7 @@ Start = Callable[[Callable[[int], Any]], None]
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     """Puts a function in the place of the one that starts the driver."""
-    return lambda function: monkeypatch.setattr(sessions, "_start_driver", function)
+    return lambda function: monkeypatch.setattr(gpu_start, "start_driver", function)
 
 
 def test_auto_takes_numpy_where_there_is_no_gpu_and_says_why(start: Start) -> None:

@@ -268,6 +268,20 @@ def test_where_no_chunk_can_be_made_prompts_take_steps(
         assert divergence(by_steps[33], engine.logits()) <= 5e-5
 
 
+def test_an_explicit_way_that_cannot_be_made_is_an_error_every_time(
+    small: Path, ids: list[int], driver: Driver
+) -> None:
+    def make() -> PrefillPlan:
+        raise UnsupportedModelError("no kernel")
+
+    with engine_with(small, make, driver) as engine:
+        engine.must_prefill = "prefill own"
+        for _ in range(2):
+            with pytest.raises(UnsupportedModelError, match=r"^prefill own: no kernel; auto or off takes"):
+                engine.feed(ids[:33])
+            assert engine.position == 0
+
+
 def test_a_program_of_another_model_is_refused(small: Path, ids: list[int], driver: Driver) -> None:
     def make() -> PrefillPlan:
         with open_model(small, 512) as model:
@@ -283,3 +297,8 @@ def test_ways_that_do_not_exist(small: Path) -> None:
         open_session(small, "host", prefill="fast")
     with pytest.raises(UsageError, match="the backend host has no library"):
         open_session(small, "host", prefill="library")
+    for prefill in ("own", "library"):
+        with pytest.raises(
+            UsageError, match=f"^prefill {prefill}: numpy takes prompts in token by token; take auto or"
+        ):
+            open_session(small, "cpu", prefill=prefill)

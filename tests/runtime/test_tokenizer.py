@@ -10,8 +10,9 @@ import tokenizers
 
 from psigraph.ir.errors import ModelFileError, UnsupportedModelError, UsageError
 from psigraph.runtime.byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
+from psigraph.runtime.end_tokens import end_tokens
 from psigraph.runtime.gguf_file import open_gguf
-from psigraph.runtime.tokenizer import Tokenizer, end_tokens
+from psigraph.runtime.tokenizer import Tokenizer
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
 

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from psigraph import session
+from psigraph import gpu_start
 from psigraph.ir.errors import DeviceError
 
 
@@ -27,5 +27,5 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, kernel_cache: Path) -> None:
     def start(_: int) -> Any:
         raise DeviceError("no NVIDIA driver on this machine; install it, or use --backend cpu")
 
-    monkeypatch.setattr(session, "_start_driver", start)
+    monkeypatch.setattr(gpu_start, "start_driver", start)
     monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(kernel_cache))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_model import Q4
 
-from psigraph import session
+from psigraph import gpu_start
 from psigraph.cli import run
 from psigraph.ir.errors import DeviceError
 from psigraph.runtime.driver import OTHER_BACKENDS
@@ -35,7 +35,7 @@ def test_kernels_need_a_gpu_or_the_host_target(
     def start(_: int) -> None:
         raise DeviceError(f"no driver; {OTHER_BACKENDS}")
 
-    monkeypatch.setattr(session, "_start_driver", start)
+    monkeypatch.setattr(gpu_start, "start_driver", start)
     monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(tmp_path))
     assert run([command, str(Q4), *arguments]) == code
     shown = capsys.readouterr()

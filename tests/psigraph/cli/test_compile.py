@@ -180,6 +180,7 @@ STAGES = (
     ["--stage", "program", "--layer", "7"],
     ["--stage", "prompt", "--layer", "0"],
     ["--kernel", "prefill_attention"],
+    ["--kernel", "prefill_attention", "--format", "json", "--layer", "1"],
     ["--after", "fuse_attention", "--format", "dot"],
     ["--diff", "fuse_swiglu", "--layer", "0"],
     ["--kernel", "rope_attention"],
@@ -197,6 +198,35 @@ def test_a_folder_shows_what_the_model_shows(
     assert run(["inspect", str(Q4), *arguments]) == 0
     assert capsys.readouterr().out == of_folder
     assert of_folder.strip()
+
+
+@pytest.mark.parametrize("kernel", ["rope_attention", "prefill_attention"])
+def test_a_kernels_record_has_its_launches_of_the_layer(kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = ["inspect", str(Q4), "--kernel", kernel]
+    assert run([*shown, "--format", "json"]) == 0
+    everywhere = json.loads(capsys.readouterr().out)["launches"]
+    # A prompt needs no attention of the last layer.
+    layers = list(range(8 if kernel == "rope_attention" else 7))
+    assert [launch["layer"] for launch in everywhere] == layers
+    assert run([*shown, "--format", "json", "--layer", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["launches"] == [everywhere[2]]
+    assert run([*shown, "--layer", "2"]) == 0
+    assert capsys.readouterr().out.startswith("#include")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "layer", "says"),
+    [
+        ("prefill_attention", 7, "is launched in layer 0, 1, 2, 3, 4, 5, 6, not there"),
+        ("embed_norm", 0, "outside of the"),
+    ],
+)
+def test_a_layer_that_does_not_launch_the_kernel(
+    kernel: str, layer: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(Q4), "--kernel", kernel, "--layer", str(layer)]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, f"--layer {layer}: {kernel} " in shown.err, says in shown.err) == ("", True, True)
 
 
 def test_a_diff_shows_what_the_pass_did_and_only_that(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,7 @@ def test_the_record(capfd: pytest.CaptureFixture[str]) -> None:
         text = Tokenizer(file).decode(greedy[:6], skip_special=True)
     assert (record["text"], record["ids"], record["prompt_ids"]) == (text, greedy[:6], prompt)
     assert (record["stopped_by"], record["backend"], "seed" in record) == ("length", "cpu", False)
+    assert record["prefill"] == "token by token: numpy"
     timings = record["timings"]
     assert (timings["prompt_tokens"], timings["generated_tokens"]) == (1, 6)
     assert timings["first_token_ms"] > 0

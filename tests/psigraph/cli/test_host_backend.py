@@ -92,7 +92,27 @@ def test_variables_that_mean_nothing_are_named(
         check_variables()
 
 
-def test_sound_variables_pass_and_an_older_capability_gets_plain_edges(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("capability", "edges", "most"), [("80", False, 163), ("90", True, 227), ("120", True, 99)])
+def test_a_capability_gets_the_kernels_of_its_class(
+    capability: str, edges: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PSIGRAPH_HOST_CAPABILITY", capability)
+    prompt, greedy, _ = reference_greedy(Q4, "one_token")
+    code = f"""
+from psigraph.session import open_session
+with open_session({str(Q4)!r}, "host", ctx=16) as session:
+    session.feed({prompt!r})
+    launches = session.program.launches
+    largest = max(launch.shared_bytes for launch in launches)
+    print(any(launch.programmatic for launch in launches), largest <= {most} * 1024)
+    print([token for chunk in session.decode(2) for token in chunk])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{edges} True", str(greedy[:2])]
+
+
+def test_sound_variables_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = {"SMS": "132", "MEMORY": "1000000000", "THREADS": "2", "ORDER": "reverse", "BUILD": "fast", "FAIL": "9:2"}
     for name, value in sound.items():
         monkeypatch.setenv(f"PSIGRAPH_HOST_{name}", value)
@@ -100,18 +120,6 @@ def test_sound_variables_pass_and_an_older_capability_gets_plain_edges(monkeypat
     for name in sound:
         monkeypatch.setenv(f"PSIGRAPH_HOST_{name}", "fast" if name == "BUILD" else "")
     check_variables()
-    monkeypatch.setenv("PSIGRAPH_HOST_CAPABILITY", "80")
-    prompt, greedy, _ = reference_greedy(Q4, "one_token")
-    code = f"""
-from psigraph.session import open_session
-with open_session({str(Q4)!r}, "host", ctx=16) as session:
-    session.feed({prompt!r})
-    print(session.facts["capability"], any(launch.programmatic for launch in session.program.launches))
-    print([token for chunk in session.decode(2) for token in chunk])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["8.0 False", str(greedy[:2])]
 
 
 def test_every_variable_is_documented() -> None:
