@@ -9,7 +9,7 @@ from .ir.errors import UsageError
 from .report import kv_type_of, validate_report
 
 # What must be equal for two rates to be compared at all.
-WORK = ("model_size", "prompt_tokens", "max_new_tokens", "backend", "decode_row", "depth", "kv_type")
+WORK = ("model_size", "prompt_tokens", "max_new_tokens", "backend", "decode_row", "depth", "kv_type", "sampler")
 
 
 def check_baseline(before: dict[str, Any]) -> None:

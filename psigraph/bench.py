@@ -20,11 +20,12 @@ from .artifact import admit_file, artifact_record, check_model_size
 from .build import Model
 from .environment import GpuSnapshot, machine_record, peak_memory_bytes, seconds_since_start
 from .gpu_start import GPU_BACKENDS, GpuStart
-from .ir.errors import UsageError
+from .ir.errors import UnsupportedModelError, UsageError
 from .policy import Admission
 from .profile import POSITIONS, Profile, measure_profile
 from .report import build_report
 from .runtime.gguf_file import GgufFile
+from .sampler import SamplerSettings
 from .session import Filling, Session, check_ids, open_session, vocabulary_of
 
 Progress = Callable[[int, int], None]
@@ -37,13 +38,15 @@ BENCH_FILLING = Filling(advice="shorten the prompt, or lower --max-new-tokens or
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured. mode: "chained" or "forced"; depth: positions filled before, untimed."""
+    """What is measured. mode: one of `report.DECODE_ROWS`; depth: positions filled before, untimed; sampler: how
+    tokens are drawn in the mode "text", None: the likeliest are taken."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
     repeats: int = 3
     mode: str = "chained"
     depth: int = 0
+    sampler: SamplerSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -54,6 +57,8 @@ class Work:
             raise UsageError(f"--repeats {self.repeats}: at least 1 is needed")
         if self.depth < 0:
             raise UsageError(f"--depth {self.depth}: give 0 or more")
+        if self.sampler is not None and self.mode != "text":
+            raise UsageError(f"--mode {self.mode} takes the likeliest token; drawn ones are measured by --mode text")
 
     @property
     def positions(self) -> int:
@@ -157,6 +162,7 @@ def prepared(
             *(path, backend, device, ctx, outputs, graph, disable),
             positions=positions,
             kv_type=kv_type,
+            sampling=work.sampler is not None,
             prefill=prefill,
             admit=admit,
             check=check,
@@ -181,6 +187,7 @@ def run_bench(
     repeats: int = 3,
     mode: str = "chained",
     depth: int = 0,
+    sampler: SamplerSettings | None = None,
     profile: bool = False,
     prompt_tokens: int = 0,
     on_run: Progress | None = None,
@@ -192,7 +199,7 @@ def run_bench(
     options: those of `prepared`. profile: time every kernel of the step too. prompt_tokens: measure how fast a prompt
     of so many tokens goes in too, 0 for no. on_run(runs done, runs in all); on_prompt: see `prompt_record`.
     """
-    work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth)
+    work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth, sampler)
     options |= {"extra_positions": POSITIONS if profile else 0, "prompt_tokens": prompt_tokens}
     with prepared(path, work, backend, **options) as bench:
         return measure(
@@ -212,11 +219,12 @@ def run_sweep(
     depths: Sequence[int],
     repeats: int = 3,
     mode: str = "chained",
+    sampler: SamplerSettings | None = None,
     on_run: Progress | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """One report a depth, all from one session. options: those of `prepared`."""
-    works = [Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth) for depth in depths]
+    works = [Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth, sampler) for depth in depths]
     if not works:
         raise UsageError("--sweep: give at least one depth, such as depth=0,1024")
     deepest = max(works, key=lambda work: work.depth)
@@ -284,6 +292,7 @@ def measure(
         decode_row=work.mode,
         depth=work.depth,
         kv_type=session.kv_type,
+        sampler=work.sampler.record() if work.sampler is not None else None,
     )
 
 
@@ -331,6 +340,8 @@ def prompt_record(session: Session, tokens: int, repeats: int, on_prompt: Progre
 def run_once(session: Session, work: Work) -> Run:
     """Resets the session and does the work once."""
     session.reset()
+    if work.mode == "text":
+        return _as_text(session, work)
     if work.depth:
         session.feed(filler_ids(work.depth, session.vocabulary))
         session.engine.synchronize()
@@ -350,6 +361,31 @@ def run_once(session: Session, work: Work) -> Run:
         decode_s = time.perf_counter() - generating
     total_s = generating - began + decode_s
     return Run(tuple(tokens), 1e3 * total_s, 1e3 * decode_s, 1e3 * (generating - began + first_s))
+
+
+def _as_text(session: Session, work: Work) -> Run:
+    """A run of what `generate` and `chat` do; all but the prompt's last id goes in before, untimed."""
+    # The other modes have no text, and need not wait for what makes it to be imported.
+    from .generation import GREEDY, Decoder, Limits, TextRun
+    from .runtime.tokenizer import Tokenizer
+
+    ids = [*filler_ids(work.depth, session.vocabulary), *work.prompt]
+    decoder = Decoder(session)
+    if ids[1:]:
+        list(decoder.run(ids[:-1], Limits(max_new_tokens=1, ignore_end=True)))
+    limits = Limits(work.max_new_tokens, work.sampler or GREEDY, ignore_end=True)
+    try:
+        tokenizer = Tokenizer(session.model.file)
+    except UnsupportedModelError:  # ids work without one
+        tokenizer = None
+    session.engine.synchronize()
+    began = time.perf_counter()
+    run = decoder.run(ids, limits)
+    with open(os.devnull, "w", encoding="utf-8") as nobody:
+        for piece in TextRun(run, tokenizer) if tokenizer is not None else map(str, run):
+            nobody.write(piece)
+    decode_ms = 1e3 * (time.perf_counter() - began)
+    return Run(tuple(run.ids), decode_ms, decode_ms, run.timings()["first_token_ms"])
 
 
 def _forced(session: Session, work: Work) -> tuple[list[int], float, float]:

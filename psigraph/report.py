@@ -36,6 +36,7 @@ ENGINES = {"cuda": "psionic_qwen3_cuda", "cpu": "psionic_qwen3_cpu", "host": "ps
 DECODE_ROWS = {
     "chained": "the device's argmax feeds the next step; tokens reach the host in chunks; no logits read back",
     "forced": "given token ids; a host synchronization and full logits on the host for every token",
+    "text": "as generate and chat do it: tokens reach the host as they come, and are made into text and written",
 }
 # Types of KV cache; a report that names none is older than the choice. Claims and comparators speak of the first.
 KV_TYPES = ("f16", "q8", "f32")
@@ -63,6 +64,7 @@ def build_report(
     decode_row: str = "chained",
     depth: int = 0,
     kv_type: str = KV_TYPES[0],
+    sampler: Mapping[str, Any] | None = None,
     session: str | None = None,
     created_at: str | None = None,
 ) -> dict[str, Any]:
@@ -74,9 +76,10 @@ def build_report(
     `stand_in_driver: True` there forbids the backend "cuda". artifact: {synthetic, quant_mix, bytes_per_token,
     ...}; sha256, admitted and tier are added. timings: {load_ms, compile_ms, capture_ms, first_token_ms, ...}.
     roofline: {read_bandwidth_gb_s, bytes_per_token} measured in this process, or None (no GPU); share and
-    validity are added. kernels: [{name, us, bytes}]. decode_row: "chained" or "forced". depth: positions filled
-    before the first measured token. kv_type: what the KV cache held, as the environment says it too. session: an
-    identifier shared by all rows measured interleaved.
+    validity are added. kernels: [{name, us, bytes}]. decode_row: one of DECODE_ROWS. depth: positions filled before the
+    first measured token. sampler: how tokens were drawn (`SamplerSettings.record`); None: the likeliest were taken.
+    kv_type: what the KV cache held, as the environment says it too. session: an identifier shared by all rows measured
+    interleaved.
 
     Raises UsageError for a backend that this environment may not claim and for runs without tokens or time.
     """
@@ -106,6 +109,7 @@ def build_report(
         "work_per_token": DECODE_ROWS[decode_row],
         "depth": depth,
         "kv_type": kv_type,
+        "sampler": dict(sampler) if sampler is not None else None,
         "prompt_tokens": [int(token) for token in prompt_ids],
         "max_new_tokens": max_new_tokens,
         "end_tokens_ignored": True,
@@ -143,9 +147,10 @@ def merge_reports(reports: Sequence[Mapping[str, Any]], session: str | None = No
         raise UsageError("reports to merge: none given")
     first = reports[0]
     for other in reports[1:]:
-        for key in ("backend", "prompt_tokens", "max_new_tokens", "decode_row", "depth", "model_size"):
-            if other[key] != first[key]:
-                raise UsageError(f"{key}: reports of unlike work cannot be merged ({first[key]} and {other[key]})")
+        for key in ("backend", "prompt_tokens", "max_new_tokens", "decode_row", "depth", "model_size", "sampler"):
+            if other.get(key) != first.get(key):
+                there = f"{first.get(key)} and {other.get(key)}"
+                raise UsageError(f"{key}: reports of unlike work cannot be merged ({there})")
         if kv_type_of(other) != kv_type_of(first):
             types = f"{kv_type_of(first)} and {kv_type_of(other)}"
             raise UsageError(f"kv_type: reports of unlike work cannot be merged ({types})")
@@ -174,6 +179,7 @@ def merge_reports(reports: Sequence[Mapping[str, Any]], session: str | None = No
         decode_row=first["decode_row"],
         depth=first["depth"],
         kv_type=kv_type_of(first),
+        sampler=first.get("sampler"),
         session=session or first.get("session"),
     )
 
@@ -336,7 +342,7 @@ def _engine_problems(report: Mapping[str, Any]) -> list[str]:
     if backend == "cuda" and not isinstance(report["environment"].get("gpu_idle"), bool):
         problems.append("environment.gpu_idle: a report of the backend cuda says whether the GPU was idle")
     if report["decode_row"] not in DECODE_ROWS:
-        problems.append(f"decode_row: {report['decode_row']} is neither chained nor forced")
+        problems.append(f"decode_row: {report['decode_row']} is none of {', '.join(DECODE_ROWS)}")
     return problems
 
 

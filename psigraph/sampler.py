@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,11 @@ class SamplerSettings:
     def _penalises(self) -> bool:
         neutral = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) == (1, 0, 0)
         return not neutral and self.penalty_window != 0
+
+    def record(self) -> dict[str, Any]:
+        """For a report: every option; biases by the token's number, as text, since JSON has no infinity."""
+        biases = {str(token): str(float(bias)) for token, bias in sorted(self.logit_bias.items())}
+        return {**asdict(self), "logit_bias": biases}
 
     def words(self, vocabulary: int | None = None) -> np.ndarray:
         """The constant `sampler`: int32[SAMPLER_WORDS], laid out as `ir.sampling` says.

@@ -24,6 +24,7 @@ from .options import (
     prefill_option,
     run_options,
 )
+from .sampling_options import sampling_options
 from .stages import stages
 
 EPILOG = """\b
@@ -57,11 +58,11 @@ Examples:
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Timed runs.")
 @click.option(
     "--mode",
-    type=click.Choice(["chained", "forced"]),
+    type=click.Choice(["chained", "forced", "text"]),
     default="chained",
     show_default=True,
     help="chained: each token feeds the next step on the device. forced: ids are given, and the host waits and takes "
-    "all logits for every token, as llama-bench does.",
+    "all logits for every token, as llama-bench does. text: as generate and chat do it, with their sampling options.",
 )
 @click.option(
     "--depth",
@@ -87,6 +88,7 @@ Examples:
     help="Measure at several depths in one process; --json-out is then a folder's name, one report in it a depth.",
 )
 @click.option("--baseline", type=FILE_PATH, metavar="R", help="Compare with this report of the same work.")
+@sampling_options
 @run_options
 @prefill_option
 @admission_options
@@ -105,6 +107,7 @@ def command(
     profile: bool,
     sweep: tuple[int, ...] | None,
     baseline: Path | None,
+    sampling: dict[str, Any],
     device: int,
     ctx: int | None,
     kv_type: str,
@@ -127,15 +130,19 @@ def command(
         )
     if json_out is not None:
         (check_new_folder if sweep else check_writable)(json_out)
+    if sampling and mode != "text":
+        raise UsageError("sampling options are measured by --mode text; chained and forced take the likeliest token")
     before = read_json(baseline) if baseline is not None else None
     start = begin_gpu(backend, device, with_snapshot=True)
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
     from ..baseline import check_baseline, check_work, compare_reports
     from ..bench import run_bench, run_sweep
+    from ..sampler import SamplerSettings
 
+    sampler = SamplerSettings(**sampling) if sampling else None  # seed 0: the same tokens every time
     if before is not None:
         known = {"prompt_tokens": list(prompt), "max_new_tokens": max_new_tokens, "decode_row": mode, "depth": depth}
-        known["kv_type"] = kv_type
+        known |= {"kv_type": kv_type, "sampler": sampler.record() if sampler is not None else None}
         check_baseline(before)
         check_work(before, known if backend == "auto" else {**known, "backend": backend})
 
@@ -149,6 +156,7 @@ def command(
         options: dict[str, Any] = {
             "repeats": repeats,
             "mode": mode,
+            "sampler": sampler,
             "ctx": ctx,
             "kv_type": kv_type,
             "device": device,

@@ -93,7 +93,7 @@ def drop(key):
         (put(["medical_policy", "direct_diagnosis_allowed"], True), "medical_policy"),
         (put(["roofline", "share_of_read_bandwidth"], 0.99), "share_of_read_bandwidth"),
         (put(["roofline", "valid"], False), "roofline.valid"),
-        (put(["decode_row"], "warm"), "neither chained nor forced"),
+        (put(["decode_row"], "warm"), "is none of chained, forced, text"),
         (put(["kv_type"], "q4"), "kv_type: q4 is none of"),
         (put(["environment", "kv_type"], "q8"), "kv_type: is f16, but the environment says q8"),
         (put(["environment", "arithmetic"], "float32 sums, q8 cache"), "kv_type: is f16, but the environment says q8"),

@@ -96,9 +96,41 @@ def test_the_forced_row_at_a_depth(tmp_path: Path) -> None:
     assert "no NVIDIA driver" in report["environment"]["no_gpu_because"]
 
 
+def test_the_text_row_gives_the_tokens_of_generate(tmp_path: Path) -> None:
+    reports = {}
+    prompt = ["--prompt-token-ids", "7,8", "--depth", "2", "--repeats", "2"]
+    for name, more in {
+        "chained": [],
+        "text": ["--mode", "text"],
+        "drawn": ["--mode", "text", "--temperature", "0.9", "--top-k", "40", "--logit-bias", "3=-inf"],
+    }.items():
+        out = tmp_path / f"{name}.json"
+        assert run([*BASE, *prompt, *more, "--json-out", str(out)]) == 0
+        reports[name] = read_json(out)
+        assert validate_report(reports[name]) == []
+        assert reports[name]["runs_identical"]
+    tokens = {name: report["runs"][0]["generated_tokens"] for name, report in reports.items()}
+    assert tokens["text"] == tokens["chained"]
+    assert tokens["drawn"] != tokens["chained"]
+    assert reports["text"]["decode_row"] == "text"
+    assert reports["text"]["sampler"] is None
+    drawn = reports["drawn"]["sampler"]
+    assert (drawn["temperature"], drawn["top_k"], drawn["seed"], drawn["logit_bias"]) == (0.9, 40, 0, {"3": "-inf"})
+
+
+def test_drawn_tokens_are_no_baseline_of_likeliest_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "text.json"
+    arguments = ["--prompt-token-ids", "7", "--mode", "text", "--repeats", "1"]
+    assert run([*BASE, *arguments, "--json-out", str(out)]) == 0
+    assert run([*BASE, *arguments, "--baseline", str(out), "--top-k", "4"]) == 2
+    assert "sampler is None there" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "named"),
     [
+        (["--top-k", "4"], 2, "sampling options are measured by --mode text"),
+        (["--mode", "forced", "--temperature", "1"], 2, "sampling options are measured by --mode text"),
         (
             ["--prompt-token-ids", "4096"],
             2,
