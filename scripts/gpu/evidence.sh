@@ -3,7 +3,7 @@
 #
 #   scripts/gpu/evidence.sh OUT [part ...]
 #
-# Parts (default: all, in this order): numbers decode compare prompts sizes sanitize ablate sweep tune
+# Parts (default: all, in this order): numbers decode text compare prompts sizes sanitize ablate sweep tune
 #
 # Reports go to OUT, as psigraph's commands write them; copy those that are to be cited into fixtures/.
 # LLAMA_BENCH=PATH names a llama-bench for the part `compare`; MODELS=DIR keeps the synthetic files there, and takes
@@ -11,7 +11,7 @@
 set -uo pipefail
 out=${1:?usage: scripts/gpu/evidence.sh OUT [part ...]}
 shift
-parts=${*:-numbers decode compare prompts sizes sanitize ablate sweep tune}
+parts=${*:-numbers decode text compare prompts sizes sanitize ablate sweep tune}
 python=${PYTHON:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "$out"
@@ -82,6 +82,14 @@ for part in $parts; do
         for way in own library; do # the second one fails where cuBLASLt is not installed
             bench "prompt-512-$way" "$file" --prompt-tokens 512 --prefill "$way" --max-new-tokens 64
         done
+        ;;
+    text)
+        file=$(model 1.7b q4_k_m)
+        bench decode-1.7b-q4_k_m-text "$file" --mode text
+        bench decode-1.7b-q4_k_m-text-top-k-40 "$file" --mode text --temperature 0.8 --top-k 40 --top-p 1 --min-p 0
+        # shellcheck disable=SC2016
+        run chat bash -c 'printf "Tell me about sleep.\nAnd about rest?\n/quit\n" |
+            "$0" -m psigraph chat "$1" --backend cuda --temperature 0 --max-new-tokens 512' "$python" "$file"
         ;;
     sizes)
         bench decode-0.6b-q4_k_m "$(model 0.6b q4_k_m)"

@@ -143,9 +143,13 @@ def test_a_cache_in_8_bits(quant: str) -> None:
         assert found.max() <= 4 * loss.max(), options
 
 
-def test_a_model_of_real_size_repeats_itself_and_keeps_within_its_memory(tmp_path: Path) -> None:
-    path = write_synth(tmp_path / "synth-1.7b.gguf", "1.7b", "q4_k_m", seed=1)
-    with open_session(path, "cuda", ctx=4096 + 64) as session:
+@pytest.fixture(scope="module")
+def real_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synth(tmp_path_factory.mktemp("models") / "synth-1.7b.gguf", "1.7b", "q4_k_m", seed=1)
+
+
+def test_a_model_of_real_size_repeats_itself_and_keeps_within_its_memory(real_size: Path) -> None:
+    with open_session(real_size, "cuda", ctx=4096 + 64) as session:
         assert session.program is not None
         weights = sum(buffer.nbytes for buffer in session.program.buffers if buffer.kind == "weight")
         cache = sum(buffer.nbytes for buffer in session.program.buffers if buffer.kind == "state")
@@ -159,3 +163,28 @@ def test_a_model_of_real_size_repeats_itself_and_keeps_within_its_memory(tmp_pat
         assert len(set(runs[0])) > 16
         session.feed([1] * (4096 - session.position))  # depth 4,096 works
         assert len([token for chunk in session.decode(16) for token in chunk]) == 16
+
+
+@pytest.mark.parametrize("prefill", ["own", "library"])
+def test_a_long_prompt_of_a_model_of_real_size_is_one_token_by_token(real_size: Path, prefill: str) -> None:
+    ids = np.random.default_rng(9).integers(0, 150_000, 4096).tolist()
+    options: dict[str, Any] = {"ctx": 4200, "outputs": ("logits",)}
+    with open_session(real_size, "cuda", prefill="off", **options) as session:
+        session.feed(ids)
+        want, first = session.engine.logits(), session.engine.chosen()
+    try:
+        opened = open_session(real_size, "cuda", prefill=prefill, **options)
+    except UsageError as error:
+        pytest.skip(str(error))
+    with opened as session:
+        runs = []
+        for _ in range(2):
+            session.reset()
+            session.feed(ids)
+            logits = session.engine.logits()
+            runs.append((logits.tobytes(), [token for chunk in session.decode(16) for token in chunk]))
+    assert runs[0] == runs[1]
+    found = divergence(want[None], logits[None])[0]
+    print(f"4,096 ids, {prefill}: KL from token by token {found:.3e}")
+    assert found <= 2e-4
+    assert runs[0][1][0] == first
