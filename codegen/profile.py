@@ -14,16 +14,18 @@ from dataclasses import replace
 from ..ir.program import Buffer, Kernel, Launch, Program
 
 TRACE = "profile.trace"
+PLACES = 64  # of each stamp: STAMP_PLACES in the device header
 _WAIT = "wait_for_previous_kernel();\n"
 
 
 def profiled(program: Program) -> Program:
-    """The same step with two time stamps a launch: buffer `profile.trace`, u64[launches, 2]."""
+    """The same step with two time stamps a launch: buffer `profile.trace`, u64[launches, 2, PLACES]; the largest of the
+    places counts, for the first stamp the largest complement."""
     used = {launch.kernel for launch in program.launches}
     kernels = tuple(_with_stamps(kernel) if kernel.name in used else kernel for kernel in program.kernels)
     launches = tuple(_with_slot(launch, slot) for slot, launch in enumerate(program.launches))
     count = len(program.launches)
-    trace = Buffer(TRACE, "scratch", "u64", (count, 2), "plain", count * 16, zeroed=True)
+    trace = Buffer(TRACE, "scratch", "u64", (count, 2, PLACES), "plain", count * 16 * PLACES, zeroed=True)
     return replace(program, kernels=kernels, launches=launches, buffers=(*program.buffers, trace))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .codegen.profile import TRACE, profiled
+from .codegen.profile import PLACES, TRACE, profiled
 from .ir.errors import UsageError
 from .ir.program import Program
 from .runtime.compiler import compile_program
@@ -114,7 +114,7 @@ def _one_step(engine: Engine) -> np.ndarray:
     """int64[launches, 2]: release and end of each launch of one step, nanoseconds."""
     engine.clear(TRACE)
     engine.step()
-    stamps = engine.read(TRACE).view(np.uint64).reshape(-1, 2)
+    stamps = engine.read(TRACE).view(np.uint64).reshape(-1, 2, PLACES).max(axis=2)
     return np.stack([~stamps[:, 0], stamps[:, 1]], axis=1).astype(np.int64)
 
 

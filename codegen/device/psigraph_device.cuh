@@ -117,8 +117,10 @@ DEVICE void wait_for_previous_kernel() {
 #endif
 
 // When a kernel was let through its wait and when its last warp ended, nanoseconds of the GPU's clock, for
-// `codegen.profile`. trace[2 slot] holds the complement of the earliest release, trace[2 slot + 1] the latest end,
-// so that both are maxima over blocks and start from zero.
+// `codegen.profile`. Of each launch there are two rows of STAMP_PLACES words: complements of the earliest releases, and the
+// latest ends, so that both are maxima over blocks and start from zero. Blocks take turns with the places: all of them at
+// one word would wait for each other, and the next kernel for them.
+#define STAMP_PLACES 64
 #ifdef PSIGRAPH_HOST
 DEVICE u64 clock_ns() { return host::clock_ns(); }
 #else
@@ -126,11 +128,11 @@ DEVICE u64 clock_ns() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t
 #endif
 struct Traced {
     u64* times;
-    METHOD Traced(u64* trace, int slot) : times(trace + 2 * slot) {
+    METHOD Traced(u64* trace, int slot) : times(trace + 2 * STAMP_PLACES * slot + blockIdx.x % STAMP_PLACES) {
         if (threadIdx.x == 0) atomicMax(times, ~clock_ns());
     }
     METHOD ~Traced() {
-        if ((threadIdx.x & 31) == 0) atomicMax(times + 1, clock_ns());
+        if ((threadIdx.x & 31) == 0) atomicMax(times + STAMP_PLACES, clock_ns());
     }
 };
 
