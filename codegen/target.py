@@ -15,6 +15,7 @@ ATTENTION_BYTES = 50048  # that attention's block takes in all
 DEEP_BYTES = 82560  # in all of a product in the place `deep`: three superblocks of eight warps in Q6_K
 SCHEDULER_WARPS = 3  # of a product's block that one of a multiprocessor's four schedulers may have
 WARP_REGISTERS = 512  # of 32 threads each, that a scheduler has
+REGISTERS = 4 * 32 * WARP_REGISTERS  # of a multiprocessor, and the most that a block may have
 PLACE_REGISTERS = 72  # a thread of a product; attention may have what is left
 
 

@@ -10,7 +10,7 @@ keeps what made the step fastest by more than the spread of two runs of the same
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +18,12 @@ import numpy as np
 from .codegen.emit_product import PRODUCTS
 from .codegen.lower import lower, product_class
 from .codegen.shapes import MAX_SLICE
-from .codegen.target import Target, stand_in_target, target_for
+from .codegen.target import REGISTERS, Target, stand_in_target, target_for
 from .codegen.weight_types import superblocks
 from .ir.errors import UnsupportedModelError, UsageError
 from .ir.graph import Graph, Node
-from .runtime.compiler import compile_program
+from .ir.program import Program
+from .runtime.compiler import CompiledKernel, compile_program
 from .runtime.engine import Engine
 from .runtime.kernel_cache import KernelCache, default_cache_dir
 from .session import Session
@@ -98,7 +99,10 @@ def tune(session: Session, target: Target, limit_s: float = LIMIT_S, report: Rep
         if key in seen:
             return False
         seen.add(key)
-        engine.adopt(program, compile_program(program, target.arch, cache))
+        compiled = compile_program(program, target.arch, cache)
+        if not launchable(program, compiled):
+            return False
+        engine.adopt(program, compiled)
         return True
 
     steps = STEPS if session.backend == "cuda" else 4  # a step takes a hundred times longer without a GPU
@@ -131,6 +135,14 @@ def tune(session: Session, target: Target, limit_s: float = LIMIT_S, report: Rep
             seen.clear()
             use(best)
     return Tuned(best, before, after, tried, time.perf_counter() - started)
+
+
+def launchable(program: Program, compiled: Mapping[str, CompiledKernel]) -> bool:
+    """Whether a block of every kernel has registers enough: a driver that has to say so leaves the step unusable."""
+    return all(
+        -(-compiled[launch.kernel].resources.registers // 8) * 8 * launch.block <= REGISTERS
+        for launch in program.launches
+    )
 
 
 def _classes(graph: Graph) -> list[tuple[str, Node]]:

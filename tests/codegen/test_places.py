@@ -15,6 +15,8 @@ from psigraph.codegen.target import ATTENTION_BYTES, RESERVED_BYTES, STATIC_BYTE
 from psigraph.ir.graph import Node, TensorType, Value
 from psigraph.ir.program import Launch, Program
 from psigraph.runtime import nvrtc, synth
+from psigraph.runtime.compiler import CompiledKernel
+from psigraph.tune import launchable
 
 PLACES = get_args(Place)
 WITH_PLACES = [target for target in TARGETS.values() if target.places]
@@ -75,6 +77,20 @@ def test_attention_fits_beside_the_products(size, kv_type):
     assert launch.shared_bytes + resources.shared_bytes + RESERVED_BYTES <= ATTENTION_BYTES
     assert resources.registers <= target.attention_registers
     assert resources.spill_bytes == 0
+
+
+def test_a_shape_whose_block_has_no_registers_is_passed_over_by_tuning():
+    """24 warps of down and two helpers: cuGraphInstantiate failed on an H100, and took the engine with it."""
+    target, name = TARGETS["sm_90a"], "matvec_add_norm q6_k[2048,6144]"
+    fits = {}
+    for tile_warps in (1, 4):
+        program = lower(graph_of("1.7b", "q4_k_m", 1), target, {name: {"column_warps": 6, "tile_warps": tile_warps}})
+        compiled = {}
+        for kernel in {launch.kernel for launch in program.launches}:
+            image, resources = nvrtc.compile_kernel(program.source(kernel), kernel, target.arch)
+            compiled[kernel] = CompiledKernel(kernel, image, resources, False)
+        fits[tile_warps] = launchable(program, compiled)
+    assert fits == {1: True, 4: False}
 
 
 def test_without_places_kernels_take_what_they_need():
