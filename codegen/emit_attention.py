@@ -67,7 +67,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
     result = node.outs[0]
     quantized = result.type.dtype == "i8x2"
     take("u8* y" if quantized else "float* y", ctx.write(result))
-    mine = group * head_dim // splits  # of the head's values, finished by a block of a cluster
+    mine = group * head_dim // splits if clusters else group * head_dim  # of the head's values, finished by a block
     touched = -(-mine // head_dim) + (head_dim % mine != 0 and mine % head_dim != 0)  # heads that those belong to
     if attend and not clusters:
         take("float* parts", ctx.scratch("parts", kv_heads * splits * group * head_dim * 4))
@@ -75,8 +75,8 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
         take("u32* arrived", ctx.scratch("arrived", kv_heads * 4, zeroed=True))
     take("int context", ctx.ctx)
 
-    # Where its tiles were, a warp collects its part; there the last block has the shares of all blocks.
-    warp_bytes = max(held.tile_bytes(head_dim), group * (head_dim * 4 + 8), group * (splits + 4))
+    # Where its tiles were, a warp collects its part, and the last block has the shares of all blocks.
+    warp_bytes = -(-max(held.tile_bytes(head_dim), group * (head_dim * 4 + 8)) // 16) * 16
     writer = Writer()
     with writer.block(signature(THREADS, parameters, ctx.target.attention_registers)):
         writer.lines(f"""
@@ -160,6 +160,9 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
                 size=heads * head_dim,
             )
     dynamic = WARPS * warp_bytes + (WARPS * splits * (mine * 4 + touched * 8) if clusters else 0)
+    if attend and dynamic + _static_bytes(group, head_dim) > ctx.target.shared_bytes:
+        what = f"head_dim {head_dim} with {group} query heads a key/value head"
+        raise UnsupportedModelError(f"{what} needs more shared memory than {ctx.target.arch} has")
     return Emitted(
         stem=node.op,
         body=held.with_header(writer.text()),
@@ -171,6 +174,11 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
         cache_bytes_per_position=2 * kv_heads * held.position_bytes(head_dim) if attend else 0,
         describe=f"{kv_heads} key/value heads x {splits} blocks, {group} query heads share each read",
     )
+
+
+def _static_bytes(group: int, head_dim: int) -> int:
+    """Static shared memory of the kernel, at most: queries, the new rows in float32, norms, rotation, shares."""
+    return -(-group // 4) * 8 * (head_dim + 16) * 2 + head_dim * (2 * 6 + 2 * 4 + 4) + 1024
 
 
 def _splits(ctx: Context, kv_heads: int, values: int) -> int:

@@ -29,7 +29,7 @@ class Target:
                     Guide, table of technical specifications).
     programmatic    has programmatic launch (griddepcontrol) and bulk copies.
     cluster         blocks that can reach each other's shared memory; 1 where there are no clusters.
-    places          the step's products take turns with two places on each multiprocessor, see `place_bytes`.
+    places          the step's kernels have places of fixed sizes on each multiprocessor, see `place_bytes`.
     """
 
     arch: str

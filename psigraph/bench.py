@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -227,11 +227,14 @@ def run_sweep(
     works = [Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth, sampler) for depth in depths]
     if not works:
         raise UsageError("--sweep: give at least one depth, such as depth=0,1024")
+    if len({work.depth for work in works}) < len(works):
+        raise UsageError("--sweep: a depth stands there twice; give each once")
     deepest = max(works, key=lambda work: work.depth)
     with prepared(path, deepest, backend, **options) as bench:
         reports = []
         for index, work in enumerate(works):
-            reports.append(measure(bench.session, work, bench.admission, bench.model_size, bench.snapshot))
+            known = (bench.admission, bench.model_size, bench.snapshot)
+            reports.append(measure(bench.session, work, *known, again=index > 0))
             if on_run:
                 on_run(index + 1, len(works))
         return reports
@@ -245,16 +248,21 @@ def measure(
     snapshot: GpuSnapshot | None = None,
     on_run: Progress | None = None,
     *,
+    again: bool = False,
     profile: bool = False,
     prompt_tokens: int = 0,
     on_prompt: Progress | None = None,
 ) -> dict[str, Any]:
-    """The report of a session's benchmark: warm-up, runs, step times, a prompt, then the memory's bandwidth."""
+    """The report of a session's benchmark: warm-up, runs, step times, a prompt, then the memory's bandwidth.
+
+    again: something was measured in this process before, so that its start says nothing about the first token; nor
+    does it where a depth is filled first.
+    """
     timings: dict[str, Any] = dict(session.timings)
     warm_up = run_once(session, _warm_up_of(session, work))
     # Of this process: interpreter, imports and the question who uses the GPU included.
     until_loaded, first = seconds_since_start(), warm_up.first_token_ms
-    if until_loaded is not None:
+    if until_loaded is not None and not again and not work.depth:
         timings["start_to_first_token_ms"] = 1e3 * until_loaded - warm_up.total_ms + first
     timings["first_token_ms"] = first
     timings["warm_up_ms"] = warm_up.total_ms
@@ -364,28 +372,35 @@ def run_once(session: Session, work: Work) -> Run:
 
 
 def _as_text(session: Session, work: Work) -> Run:
-    """A run of what `generate` and `chat` do; all but the prompt's last id goes in before, untimed."""
+    """A run of what `generate` and `chat` do; the depth goes in first, untimed, and then the prompt but its last id."""
     # The other modes have no text, and need not wait for what makes it to be imported.
     from .generation import GREEDY, Decoder, Limits, TextRun
     from .runtime.tokenizer import Tokenizer
 
     ids = [*filler_ids(work.depth, session.vocabulary), *work.prompt]
     decoder = Decoder(session)
-    if ids[1:]:
-        list(decoder.run(ids[:-1], Limits(max_new_tokens=1, ignore_end=True)))
-    limits = Limits(work.max_new_tokens, work.sampler or GREEDY, ignore_end=True)
     try:
         tokenizer = Tokenizer(session.model.file)
     except UnsupportedModelError:  # ids work without one
         tokenizer = None
-    session.engine.synchronize()
+
+    def fed(count: int) -> float:
+        """Seconds until the first `count` ids are in."""
+        began = time.perf_counter()
+        if count:
+            list(decoder.run(ids[:count], Limits(max_new_tokens=1, ignore_end=True)))
+            session.engine.synchronize()
+        return time.perf_counter() - began
+
+    fed(work.depth)
+    prompt_ms = 1e3 * fed(len(ids) - 1) if work.prompt[1:] else 0.0
     began = time.perf_counter()
-    run = decoder.run(ids, limits)
+    run = decoder.run(ids, Limits(work.max_new_tokens, work.sampler or GREEDY, ignore_end=True))
     with open(os.devnull, "w", encoding="utf-8") as nobody:
         for piece in TextRun(run, tokenizer) if tokenizer is not None else map(str, run):
             nobody.write(piece)
     decode_ms = 1e3 * (time.perf_counter() - began)
-    return Run(tuple(run.ids), decode_ms, decode_ms, run.timings()["first_token_ms"])
+    return Run(tuple(run.ids), prompt_ms + decode_ms, decode_ms, prompt_ms + run.timings()["first_token_ms"])
 
 
 def _forced(session: Session, work: Work) -> tuple[list[int], float, float]:
@@ -480,4 +495,4 @@ def _warm_up_of(session: Session, work: Work) -> Work:
     if session.backend == "cuda":
         return work
     count = min(work.max_new_tokens, WARM_UP_TOKENS_ON_CPU)
-    return Work(work.prompt, count, 1, work.mode, min(work.depth, WARM_UP_TOKENS_ON_CPU))
+    return replace(work, max_new_tokens=count, repeats=1, depth=min(work.depth, WARM_UP_TOKENS_ON_CPU))

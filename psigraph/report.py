@@ -36,7 +36,7 @@ ENGINES = {"cuda": "psionic_qwen3_cuda", "cpu": "psionic_qwen3_cpu", "host": "ps
 DECODE_ROWS = {
     "chained": "the device's argmax feeds the next step; tokens reach the host in chunks; no logits read back",
     "forced": "given token ids; a host synchronization and full logits on the host for every token",
-    "text": "as generate and chat do it: tokens reach the host as they come, and are made into text and written",
+    "text": "as generate and chat do it: tokens reach the host as they come, and become text if the tokenizer is known",
 }
 # Types of KV cache; a report that names none is older than the choice. Claims and comparators speak of the first.
 KV_TYPES = ("f16", "q8", "f32")

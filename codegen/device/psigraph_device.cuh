@@ -521,7 +521,6 @@ DEVICE float value_with_minimum(const u8* header, int quant, int row, int column
 // Q4_K: 4 chunks of nibbles (2,048 bytes), then scales and minima.
 struct Q4K {
     static constexpr int BYTES = 2304, HIGH = 16;
-    static constexpr bool MINIMUM = true;
     DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) { spread_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]); }
     DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
         dot_with_minimum<Q4K>(superblock, superblock + 2048, x, lane, low_row, high_row);
@@ -534,7 +533,6 @@ struct Q4K {
 // Q5_K: nibbles, then 4 chunks of fifth bits (32 lanes x 4 bytes; bit 2 j + (row >= 8) of a byte), then scales and minima.
 struct Q5K {
     static constexpr int BYTES = 2816, HIGH = 1;
-    static constexpr bool MINIMUM = true;
     DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) {
         uint4 packed = ((const uint4*)superblock)[chunk * 32 + lane];
         const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -562,7 +560,6 @@ struct Q5K {
 // that is one instruction a word instead of three.
 struct Q6K {
     static constexpr int BYTES = 3360;
-    static constexpr bool MINIMUM = false;
     DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
         uint4 first = ((const uint4*)(superblock + 2048))[lane], second = ((const uint4*)(superblock + 2560))[lane];
         const u32 bits[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
@@ -603,7 +600,6 @@ struct Q6K {
 // of half j / 2), then 8 halves of scales a row. value = d * (quant - 128).
 struct Q80 {
     static constexpr int BYTES = 4352;
-    static constexpr bool MINIMUM = false;
     DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
         const uint4* scales = (const uint4*)(superblock + 4096);
         uint4 low_scales = scales[lane >> 2], high_scales = scales[(lane >> 2) + 8];
@@ -749,7 +745,7 @@ DEVICE u32 every_other_byte(u32 first, u32 second, int odd) { return __byte_perm
 // Write one value of an i8x2 vector, COPIES times at every COPY_BYTES. 16 neighbouring lanes hold one group; all 32 lanes
 // call it, those with `inside` false write nothing (a whole group is inside or outside). index: the value's place.
 template <int COPIES, int COPY_BYTES> DEVICE void store_digits(u8* vector, int index, float value, bool inside) {
-    float amax = half_warp_max(fabsf(value));
+    float amax = half_warp_max(fabsf(value));  // on a GPU what is no number is larger than all: its group becomes zeros
     bool alive = amax >= 1.50463277e-36f;  // 128 * smallest normal number: below, 127 / amax could overflow
     float inverse = divide(127.0f, alive ? amax : 1.0f);  // no branch around it, so that it overlaps with what is beside it
     float scaled = alive ? value * inverse : 0.0f;

@@ -132,6 +132,8 @@ def command(
         (check_new_folder if sweep else check_writable)(json_out)
     if sampling and mode != "text":
         raise UsageError("sampling options are measured by --mode text; chained and forced take the likeliest token")
+    if sampling and profile:
+        raise UsageError("--profile times the kernels of the greedy step; give it without sampling options")
     before = read_json(baseline) if baseline is not None else None
     start = begin_gpu(backend, device, with_snapshot=True)
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
@@ -140,6 +142,8 @@ def command(
     from ..sampler import SamplerSettings
 
     sampler = SamplerSettings(**sampling) if sampling else None  # seed 0: the same tokens every time
+    if sampler is not None and sampler.greedy:
+        sampler = None  # as `generate` and `chat` have it: another graph takes the likeliest token
     if before is not None:
         known = {"prompt_tokens": list(prompt), "max_new_tokens": max_new_tokens, "decode_row": mode, "depth": depth}
         known |= {"kv_type": kv_type, "sampler": sampler.record() if sampler is not None else None}
@@ -226,7 +230,11 @@ def summary(report: dict[str, Any]) -> str:
     reason = environment.get("no_gpu_because")
     if reason:
         lines.append(f"no GPU: {reason}")
-    lines += ["", *_costs(timings), ""]
+    row = f"{report['decode_row']}: {report['work_per_token']}"
+    if report["sampler"] is not None:
+        kept = {key: value for key, value in report["sampler"].items() if value or key == "seed"}
+        row += "; drawn with " + ", ".join(f"{key} {value}" for key, value in kept.items())
+    lines += [row, "", *_costs(timings), ""]
     for run in report["runs"]:
         rate, tokens, ms = run["decode_tokens_per_second"], run["output_tokens"], run["decode_ms"]
         lines.append(f"  run {run['run_index'] + 1}   {rate:8.1f} tok/s   {tokens} tokens in {ms:,.1f} ms")
@@ -236,7 +244,7 @@ def summary(report: dict[str, Any]) -> str:
         f"{min(rates):.1f} to {max(rates):.1f} (spread {spread:.1f} %)"
     )
     if not report["runs_identical"]:
-        lines.append("  the runs' tokens differ: greedy decoding must repeat itself, so this is a defect")
+        lines.append("  the runs' tokens differ: one seed, or none, gives one text, so this is a defect")
     steps = timings.get("step_us")
     if steps:
         lines.append(f"  steps   p10 {steps['p10']:,.1f}  p50 {steps['p50']:,.1f}  p90 {steps['p90']:,.1f} us")
@@ -250,7 +258,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def profile_table(report: dict[str, Any]) -> str:
-    """The kernels of a step, for people; the rows add up to the step."""
+    """The kernels of a step, for people; the rows add up to the step and what their stamps cost."""
     profile = report["timings"]["profile"]
     lines = [
         "",

@@ -54,7 +54,9 @@ OPTIONS: dict[str, tuple[str, click.ParamType[Any], str]] = {
     "--penalty-window": (
         "penalty_window", click.IntRange(-1, (1 << 31) - 1), "How many of the last tokens penalties see; -1: all."
     ),
-    "--seed": ("seed", click.IntRange(0, (1 << 64) - 1), "The same seed draws the same text. Default: a new one."),
+    "--seed": (
+        "seed", click.IntRange(0, (1 << 64) - 1), "The same seed draws the same text. Default: a new one; in bench 0."
+    ),
 }  # fmt: skip
 
 

@@ -10,8 +10,10 @@ import q8_memory
 from bars import SUM_UNITS, UNIT, assert_close
 from run_node import Step, same_bits
 
+from psigraph.codegen.lower import lower
 from psigraph.codegen.target import Target, target_for
 from psigraph.ir import meaning
+from psigraph.ir.errors import UnsupportedModelError
 from psigraph.ir.graph import Graph
 from psigraph.ir.text import parse_graph
 from psigraph.ir.types import Q8_GROUP, quantize_q8, round_q8
@@ -22,10 +24,12 @@ HALF_UNIT = 2.0**-11
 SHAPES = [(16, 1, 2, 132, 8), (16, 4, 1, 2, 1), (32, 2, 2, 132, 4), (64, 2, 2, 3, 4), (64, 4, 1, 132, 8),
           (96, 2, 1, 132, 8), (128, 1, 1, 4, 8), (128, 2, 2, 4, 1), (128, 2, 2, 132, 8), (128, 4, 2, 132, 8),
           (128, 5, 1, 132, 8), (128, 2, 8, 132, 1), (128, 4, 2, 1, 4), (256, 2, 1, 132, 8),
-          (128, 2, 8, 16, 8)]  # fmt: skip
+          (128, 2, 8, 16, 8),
+          (16, 1, 2, 132, 1)]  # fmt: skip
 # For a q8 cache: head sizes of whole groups and not, clusters and none, sets of heads, warps with several tiles.
 Q8_SHAPES = [(16, 1, 2, 132, 8), (48, 2, 2, 3, 4), (64, 4, 1, 4, 1), (80, 5, 1, 132, 8), (128, 2, 8, 132, 8),
-             (128, 2, 2, 4, 1), (128, 4, 2, 1, 4), (256, 2, 1, 132, 8), (64, 16, 1, 132, 2)]  # fmt: skip
+             (128, 2, 2, 4, 1), (128, 4, 2, 1, 4), (256, 2, 1, 132, 8), (64, 16, 1, 132, 2),
+             (128, 11, 1, 132, 4)]  # fmt: skip
 CASES = [("f16", *shape) for shape in SHAPES] + [("q8", *shape) for shape in Q8_SHAPES]
 
 
@@ -89,6 +93,13 @@ def test_attention(kind, head_dim, group, kv_heads, sm_count, cluster):
                 for order in ("reverse", "shuffle"):
                     again = step.run(states, order)
                     assert all(same_bits(got[name], again[name]) for name in got), f"order {order} shows"
+
+
+def test_a_head_too_wide_for_the_shared_memory_is_refused():
+    graph = attention_graph(256, 16, 1, 64)
+    with pytest.raises(UnsupportedModelError, match="head_dim 256 with 16 query heads a key/value head needs more"):
+        lower(graph, target_for("sm_120"))
+    lower(attention_graph(256, 4, 1, 64), target_for("sm_120"))
 
 
 def held(kind: str, rows: np.ndarray, first: int) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import get_args
 
 import pytest
 from shipped import graph_of
 
+from psigraph.codegen import digits, profile
 from psigraph.codegen.cache_types import CACHE_TYPES
+from psigraph.codegen.device import device_header
 from psigraph.codegen.emit_product import PRODUCTS
 from psigraph.codegen.lower import lower
 from psigraph.codegen.places import product_places
@@ -91,6 +94,16 @@ def test_a_shape_whose_block_has_no_registers_is_passed_over_by_tuning():
             compiled[kernel] = CompiledKernel(kernel, image, resources, False)
         fits[tile_warps] = launchable(program, compiled)
     assert fits == {1: True, 4: False}
+
+
+def test_constants_of_the_device_header_are_those_of_the_emitters():
+    header = device_header()
+    for name, value in {
+        "STAMP_PLACES": profile.PLACES,
+        "DIGITS_BLOCK": digits.BLOCK_BYTES,
+        "DIGITS_STRIDE": digits.BLOCK_BYTES // 16,
+    }.items():
+        assert re.search(rf"^#define {name} {value}\b", header, re.MULTILINE), name
 
 
 def test_without_places_kernels_take_what_they_need():

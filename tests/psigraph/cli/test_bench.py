@@ -118,6 +118,24 @@ def test_the_text_row_gives_the_tokens_of_generate(tmp_path: Path) -> None:
     assert (drawn["temperature"], drawn["top_k"], drawn["seed"], drawn["logit_bias"]) == (0.9, 40, 0, {"3": "-inf"})
 
 
+def test_sampling_that_takes_the_likeliest_is_the_greedy_row(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    arguments = ["--prompt-token-ids", "7", "--mode", "text", "--temperature", "0", "--repeats", "1"]
+    assert run([*BASE, *arguments, "--json-out", str(out)]) == 0
+    assert read_json(out)["sampler"] is None
+
+
+def test_a_prompt_counts_alike_in_all_rows(tmp_path: Path) -> None:
+    ids = ",".join(str(one) for one in range(5, 25))
+    spent = {}
+    for mode in ("chained", "text"):
+        out = tmp_path / f"{mode}.json"
+        assert run([*BASE, "--prompt-token-ids", ids, "--mode", mode, "--repeats", "1", "--json-out", str(out)]) == 0
+        report = read_json(out)
+        spent[mode] = report["mean_total_ms"] / report["runs"][0]["decode_ms"]
+    assert min(spent.values()) > 1.5  # twenty steps and few: the prompt is most of it
+
+
 def test_drawn_tokens_are_no_baseline_of_likeliest_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "text.json"
     arguments = ["--prompt-token-ids", "7", "--mode", "text", "--repeats", "1"]
@@ -131,6 +149,8 @@ def test_drawn_tokens_are_no_baseline_of_likeliest_ones(tmp_path: Path, capsys: 
     [
         (["--top-k", "4"], 2, "sampling options are measured by --mode text"),
         (["--mode", "forced", "--temperature", "1"], 2, "sampling options are measured by --mode text"),
+        (["--mode", "text", "--top-k", "4", "--profile"], 2, "without sampling options"),
+        (["--sweep", "depth=0,0"], 2, "a depth stands there twice"),
         (
             ["--prompt-token-ids", "4096"],
             2,
