@@ -13,11 +13,12 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: help demo test lint gate pytest compiler clean
+.PHONY: help demo test slow lint gate pytest compiler clean
 
 help:
 	@echo "make demo   compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
 	echo "make test   lint, types and every test that needs no GPU"
+	echo "make slow   the tests that compile for minutes"
 	echo "make lint   ruff and mypy"
 	echo "make gate   reports, claims and policy against each other"
 	echo "make clean  remove everything that make wrote"
@@ -28,7 +29,11 @@ demo: .venv/installed
 test: compiler lint gate pytest
 
 pytest: compiler .venv/installed-dev
-	@$(VENV) -m pytest -q -n $(WORKERS) -m "not gpu"
+	@$(VENV) -m pytest -q -n $(WORKERS) -m "not gpu and not slow"
+
+# What takes minutes of compiling: unfused kernels under the sanitizers.
+slow: compiler .venv/installed-dev
+	@$(VENV) -m pytest -q -n $(WORKERS) -m "slow and not gpu"
 
 compiler:
 	@command -v g++ > /dev/null || {

@@ -27,7 +27,7 @@ SHAPES = [(16, 1, 2, 132, 8), (16, 4, 1, 2, 1), (32, 2, 2, 132, 4), (64, 2, 2, 3
           (128, 2, 8, 16, 8),
           (16, 1, 2, 132, 1)]  # fmt: skip
 # For a q8 cache: head sizes of whole groups and not, clusters and none, sets of heads, warps with several tiles.
-Q8_SHAPES = [(16, 1, 2, 132, 8), (48, 2, 2, 3, 4), (64, 4, 1, 4, 1), (80, 5, 1, 132, 8), (128, 2, 8, 132, 8),
+Q8_SHAPES = [(16, 1, 2, 132, 8), (48, 2, 2, 3, 4), (64, 4, 1, 4, 1), (80, 5, 1, 132, 8), (128, 2, 2, 132, 8),
              (128, 2, 2, 4, 1), (128, 4, 2, 1, 4), (256, 2, 1, 132, 8), (64, 16, 1, 132, 2),
              (128, 11, 1, 132, 4)]  # fmt: skip
 CASES = [("f16", *shape) for shape in SHAPES] + [("q8", *shape) for shape in Q8_SHAPES]

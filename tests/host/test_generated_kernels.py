@@ -50,10 +50,10 @@ def problems_of(call: KernelCall, wanted: dict[int, np.ndarray]) -> str:
         (Q4, (), False, None, 10, "f16"),
         (Q8, (), False, (Q4, ()), 7, "f16"),
         (Q4, (), True, (Q4, ()), 3, "f16"),
-        (Q4, ALL_PASSES, False, (Q4, ()), 20, "f16"),
-        (Q8, ALL_PASSES, True, (Q4, ALL_PASSES), 6, "f16"),
+        pytest.param(Q4, ALL_PASSES, False, (Q4, ()), 20, "f16", marks=pytest.mark.slow),
+        pytest.param(Q8, ALL_PASSES, True, (Q4, ALL_PASSES), 6, "f16", marks=pytest.mark.slow),
         (Q4, (), False, (Q4, ()), 1, "q8"),
-        (Q4, ALL_PASSES, False, (Q4, ALL_PASSES), 2, "q8"),
+        pytest.param(Q4, ALL_PASSES, False, (Q4, ALL_PASSES), 2, "q8", marks=pytest.mark.slow),
     ],
     ids=["q4", "q8", "q4-drawn", "q4-unfused", "q8-unfused-drawn", "q8-cache", "q8-cache-unfused"],
 )
