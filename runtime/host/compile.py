@@ -250,16 +250,28 @@ def build_kernel(source: str, name: str, build: str = "fast", defines: tuple[str
         made = Path(scratch) / "kernel.so"
         options = [*_COMMON, *how.options, *defines, f"-iquote{HERE}", f"-iquote{folder}"]
         if how.watch:
-            kernel, watcher = Path(scratch) / "kernel.o", Path(scratch) / "watch.o"
+            kernel = Path(scratch) / "kernel.o"
             without_link = [option for option in options if option != "-shared"]
             run_compiler([*without_link, "-c", str(unit), "-o", str(kernel)], name)
-            watched = [option for option in without_link if not option.startswith("-fsanitize")]
-            run_compiler([*watched, "-O2", "-c", str(HERE / "watch.cpp"), "-o", str(watcher)], "watch.cpp")
-            run_compiler(["-shared", "-pthread", str(kernel), str(watcher), "-o", str(made)], name)
+            run_compiler(["-shared", "-pthread", str(kernel), str(_watcher(how)), "-o", str(made)], name)
         else:
             run_compiler([*options, str(unit), "-o", str(made)], name)
         os.replace(made, image)
     _prune(folder)
+    return image
+
+
+def _watcher(how: Build) -> Path:
+    """The object of watch.cpp, which every kernel of a watching build is linked with; uninstrumented."""
+    options = [option for option in (*_COMMON, *how.options) if option != "-shared" and "-fsanitize" not in option]
+    options.append("-O2")
+    key = hashlib.sha256("\0".join([_fingerprint(), *options]).encode()).hexdigest()[:32]
+    image = cache_directory() / f"watch-{key}.o"
+    if not image.exists():
+        with tempfile.TemporaryDirectory(dir=image.parent, prefix=".watch-") as scratch:
+            made = Path(scratch) / "watch.o"
+            run_compiler([*options, f"-iquote{HERE}", "-c", str(HERE / "watch.cpp"), "-o", str(made)], "watch.cpp")
+            os.replace(made, image)
     return image
 
 
