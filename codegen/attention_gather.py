@@ -14,10 +14,13 @@ from .digits import store_digits
 from .writer import Writer
 
 
-def gather(writer: Writer, *, threads: int, mine: int, clusters: bool, quantized: bool, size: int) -> None:
+def gather(
+    writer: Writer, *, threads: int, mine: int, clusters: bool, quantized: bool, size: int, meanwhile: str
+) -> None:
     """From the warps' sums to the result, a vector of `size` values, which is i8x2 if `quantized`.
 
-    mine: values that a block finishes in a cluster, where there are `clusters`.
+    mine: values that a block finishes in a cluster, where there are `clusters`; meanwhile: what a warp does once its
+    part is on its way.
     """
     send = """for (int b = head * HEAD_DIM / MINE + g; b <= ((head + 1) * HEAD_DIM - 1) / MINE; b += 8)
                         send_to_block(tops + place * HEADS + head - b * MINE / HEAD_DIM, b, mine, &all_sent);"""
@@ -27,7 +30,7 @@ def gather(writer: Writer, *, threads: int, mine: int, clusters: bool, quantized
         // This warp's part of each head, where its tiles were: weighted values, maximum and sum of weights.
         float* const outbox = (float*)(shared_memory + warp * WARP_BYTES);  // [query head][HEAD_DIM]
         {"" if clusters else "float2* const tops_of_warp = (float2*)(outbox + GROUP * HEAD_DIM);"}
-        if (place < tiles) {{
+        if (place < busy) {{
             for_each<SETS>([&](auto set) {{
                 const int head = set.index * 4 + t;
                 const float2 mine = make_float2(top[set.index], rows_sum(total[set.index]));
@@ -44,7 +47,7 @@ def gather(writer: Writer, *, threads: int, mine: int, clusters: bool, quantized
         }}
     """)
     if clusters:
-        _in_cluster(writer, threads, mine, quantized, size)
+        _in_cluster(writer, threads, mine, quantized, size, meanwhile)
     else:
         _in_memory(writer, threads, quantized, size)
 
@@ -83,9 +86,9 @@ _ADD_UP = """
 """
 
 
-def _in_cluster(writer: Writer, threads: int, mine: int, quantized: bool, size: int) -> None:
+def _in_cluster(writer: Writer, threads: int, mine: int, quantized: bool, size: int, meanwhile: str) -> None:
     """Every block finishes MINE of the head's values; the others send it theirs."""
-    with writer.block("if (place < tiles)"):
+    with writer.block("if (place < busy)"):
         writer.lines("""
             __syncwarp();
             for (int o = 4 * lane; o < GROUP * HEAD_DIM; o += 128) {
@@ -93,8 +96,11 @@ def _in_cluster(writer: Writer, threads: int, mine: int, quantized: bool, size: 
                 send_to_block(there, o / MINE, *(const float4*)(outbox + o), &all_sent);
             }
         """)
+    if meanwhile:
+        writer.line(meanwhile)
     writer.lines("""
         wait_for_bytes(&all_sent);
+        const int count = busy;
         constexpr int PARTS = (SLOTS + 3) / 4 * 4;
         __shared__ __align__(16) float shares[HEADS][PARTS], weights_of_head[HEADS];
     """)
@@ -118,7 +124,7 @@ def _in_memory(writer: Writer, threads: int, quantized: bool, size: int) -> None
     writer.lines(f"""
         __syncthreads();
         {{
-            const int active = (tiles - split - 1) / SPLITS + 1, used = active < WARPS ? active : WARPS;
+            const int used = (busy - split - 1) / SPLITS + 1;  // warps of this block
             const int block = kv_head * SPLITS + split;
             auto theirs = [&](int w) {{ return (const float*)(shared_memory + w * WARP_BYTES); }};
             for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {threads}) {{
@@ -139,7 +145,7 @@ def _in_memory(writer: Writer, threads: int, quantized: bool, size: int) -> None
         __syncthreads();
         if (threadIdx.x == 0) finished = atomicAdd(arrived + kv_head, 1u);
         __syncthreads();
-        const int count = tiles < SPLITS ? tiles : SPLITS;
+        const int count = busy < SPLITS ? busy : SPLITS;
         if (finished != (u32)count - 1) return;
         __threadfence();
         if (threadIdx.x == 0) arrived[kv_head] = 0u;

@@ -61,7 +61,17 @@ class Context(Protocol):
         """The result takes the state's own buffer."""
 
     def place(self, node: Node) -> Place:
-        """Which place a product of the step takes (`Target.place_bytes`)."""
+        """Which place a product of the step takes."""
+
+    def place_bytes(self, node: Node) -> int:
+        """Dynamic shared memory of that place (`Target.place_bytes`)."""
+
+    @property
+    def attention_stages(self) -> int:
+        """Stages of the ring of each warp of attention (`places`)."""
+
+    def attention_after(self, node: Node) -> Node:
+        """The attention of the next layer; of the first one after the last."""
 
     def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
         """Memory private to this launch."""

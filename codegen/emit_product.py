@@ -40,7 +40,7 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
     integer = types[0].family == "integer"
     reserve = 0 if integer else padded_columns(columns) * 4
     early = EARLY_NUMBERS.get(node.op, 0)
-    place = ctx.target.place_bytes(ctx.place(node))
+    place = ctx.place_bytes(node)
     shape = product_shape(
         units,
         2 if swiglu else 1,
@@ -104,7 +104,7 @@ def _text(product: Product, epilogue: Epilogue) -> str:
         else "block_tiles > tile_warp ? (block_tiles - 1 - tile_warp) / TILE_WARPS + 1 : 0"
     )
     idle = product.launched > shape.grid  # blocks that only hold their place
-    with writer.block(signature(product.threads, product.parameters, product.ctx.target.registers)):
+    with writer.block(signature(product.threads, product.parameters, product.registers)):
         writer.lines(f"""
             constexpr int COLUMN_WARPS = {shape.column_warps}, TILE_WARPS = {shape.tile_warps}, WARPS = {shape.warps};
             constexpr int DEPTH = {shape.depth};
@@ -118,6 +118,8 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             u64* const barriers = (u64*)(shared_memory + {shared.barriers});  // of the ring of each team
             float* partial = (float*)(shared_memory + {shared.partial});  // [column warp][row of the block]
         """)
+        if product.registers:
+            writer.line(f"hold_registers<{product.registers - 6}>();")
         if not product.integer:
             writer.line(f"float* values = (float*)(shared_memory + {shared.activations});  // the activations")
         if product.factor:

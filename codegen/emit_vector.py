@@ -7,7 +7,6 @@ and what runs when a pass is disabled. All of them wait before they read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from ..ir.graph import Node, Value
 from .cache_types import CACHE_TYPES
@@ -199,15 +198,23 @@ def emit_cache_append(node: Node, ctx: Context) -> Emitted:
     kv_heads, _, head_dim = node.out.type.shape
     held = CACHE_TYPES[node.out.type.dtype]
     kernel = _Kernel(node, ctx)
-    kernel.take(f"{held.element}* cache", ctx.in_place(node.out, node.ins[0]))
+    kernel.take("u8* cache", ctx.in_place(node.out, node.ins[0]))
     kernel.take("const float* row", ctx.read(node.ins[1]))
     kernel.take("const int* position", ctx.read(node.ins[2]))
     kernel.take("int context", ctx.ctx)
     kernel.start()
-    sizes = {"threads": THREADS, "kv_heads": kv_heads, "head_dim": head_dim, "size": kv_heads * head_dim}
-    kernel.writer.lines(held.append_alone.format(**sizes))
-    done = kernel.done(-(-kv_heads * held.append_threads(head_dim) // THREADS))
-    return replace(done, body=held.with_header(done.body))
+    kernel.writer.lines(f"""
+        {held.typedef(head_dim)}
+        __shared__ Cache::Row rows[{THREADS} / 32];
+        const int lane = threadIdx.x & 31, head = (blockIdx.x * {THREADS} + threadIdx.x) / 32;  // a warp a head
+        if (head < {kv_heads}) {{
+            Cache::Row& mine = rows[threadIdx.x / 32];
+            for (int i = lane; i < {head_dim}; i += 32) Cache::put(mine, i, fresh(row + head * {head_dim} + i));
+            Cache::finish(mine, lane);
+            Cache::store(cache + head * Cache::head_bytes(context), from_earlier_step(position), mine, lane);
+        }}
+    """)
+    return kernel.done(-(-kv_heads * 32 // THREADS))
 
 
 def emit_argmax(node: Node, ctx: Context) -> Emitted:

@@ -15,7 +15,7 @@ from .emit_attention import ATTENTION_OPS, emit_attention
 from .emit_product import PRODUCTS, emit_product
 from .emit_sampling import SAMPLING_EMITTERS
 from .emit_vector import VECTOR_EMITTERS
-from .places import product_places
+from .places import step_places
 from .probe import probe_kernel
 from .repack import repack_kernel
 from .schedule import scheduled
@@ -40,7 +40,8 @@ class _Lowering:
         self.ctx = graph.param("log").type.shape[0]
         self.last_use = self._last_uses()
         kernels = [node for node in graph.nodes if not is_view(node)]
-        self.places = product_places(kernels, PRODUCTS, ATTENTION_OPS)
+        self.places = step_places(kernels, PRODUCTS, ATTENTION_OPS, target)
+        self.attentions = [node for node in kernels if node.op == "rope_attention"]
         for param in graph.params:
             self._place_param(param.kind, param.value)
 
@@ -76,7 +77,18 @@ class _Lowering:
         return self.where[state.name]
 
     def place(self, node: Node) -> Place:
-        return self.places[node.outs[0].name]
+        return self.places.of[node.outs[0].name]
+
+    def place_bytes(self, node: Node) -> int:
+        return self.target.place_bytes(self.place(node), self.places.attention_bytes)
+
+    @property
+    def attention_stages(self) -> int:
+        return self.places.attention_stages
+
+    def attention_after(self, node: Node) -> Node:
+        index = self.attentions.index(node)
+        return self.attentions[(index + 1) % len(self.attentions)]
 
     def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
         full = f"scratch.{name}"

@@ -1,18 +1,54 @@
-"""Which place on a multiprocessor each product of a step takes: what `Target.place_bytes` has sizes for."""
+"""How the kernels of a step share a multiprocessor: which place each product takes, and what attention leaves of it.
+
+While one kernel works, the next ones are resident and fetch. `Target.place_bytes` has the sizes of places; here is
+decided how large attention's block is: its ring may have more stages where the products around it keep their whole
+slices of the weights beside it, and no more than two where they do not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from ..ir.graph import Node
-from .target import Place
+from .attention_shape import LEAST_STAGES, MOST_STAGES, USUAL_STAGES, attention_shape
+from .target import DEEP_BYTES, RESERVED_BYTES, STATIC_BYTES, WIDE_BYTES, Place, Target
+from .weight_types import TILE_ROWS, WEIGHT_TYPES, superblocks, tiles
+
+
+@dataclass(frozen=True)
+class StepPlaces:
+    """Places of a step's products, by the name of the node's first result; stages of attention's ring, and the shared
+    memory that its block takes in all."""
+
+    of: dict[str, Place]
+    attention_stages: int
+    attention_bytes: int
+
+
+def step_places(
+    kernels: Sequence[Node], products: Collection[str], attention: Collection[str], target: Target
+) -> StepPlaces:
+    """kernels: the step's nodes that become kernels, in order; products, attention: the ops of each kind."""
+    of = product_places(kernels, products, attention)
+    readers = [node for node in kernels if node.op in attention and node.op != "rope_append"]
+    if not readers:
+        return StepPlaces(of, USUAL_STAGES, 0)
+    shape = attention_shape(readers[0], target)
+    total = left = target.shared_bytes + RESERVED_BYTES
+    if not target.places:
+        return StepPlaces(of, USUAL_STAGES if shape.block_bytes(USUAL_STAGES) <= total else LEAST_STAGES, 0)
+    for place, beside in (("before attention", DEEP_BYTES), ("after attention", WIDE_BYTES)):
+        slices = [_slice_bytes(node, target) for node in kernels if of.get(node.outs[0].name) == place]
+        left = min(left, total - beside - max(slices, default=0))
+    stages = MOST_STAGES
+    while stages > LEAST_STAGES and shape.block_bytes(stages) > left:
+        stages -= 1
+    return StepPlaces(of, stages, shape.block_bytes(stages))
 
 
 def product_places(kernels: Sequence[Node], products: Collection[str], attention: Collection[str]) -> dict[str, Place]:
-    """The place of every product, by the name of its node's first result.
-
-    kernels: the step's nodes that become kernels, in order; products, attention: the ops of each kind.
-    """
+    """The place of every product, by the name of its node's first result."""
     places: dict[str, Place] = {}
     place: Place = "deep"
     for index, node in enumerate(kernels):
@@ -29,3 +65,13 @@ def product_places(kernels: Sequence[Node], products: Collection[str], attention
             place = "wide" if place != "wide" else "deep"
         places[node.outs[0].name] = place
     return places
+
+
+def _slice_bytes(node: Node, target: Target) -> int:
+    """Shared memory of a block that holds its whole slice of a product's weights, about: with sums, barriers, what its
+    epilogue fetches."""
+    weights = [value.type for value in node.ins if len(value.type.shape) == 2]
+    per_block = -(-sum(tiles(weight.shape[0]) for weight in weights) // target.sm_count)
+    widest = max(WEIGHT_TYPES[weight.dtype].superblock_bytes for weight in weights)
+    sums = per_block * TILE_ROWS * 4 * (target.most_warps + 2)
+    return per_block * superblocks(weights[0].shape[1]) * widest + sums + 512 + STATIC_BYTES + RESERVED_BYTES

@@ -50,8 +50,8 @@ class PrefillContext(Protocol):
 
 
 class PrefillKernel(SmallKernel):
-    """A kernel of a prompt's chunk. header: text that it needs behind the prefill header."""
+    """A kernel of a prompt's chunk."""
 
-    def __init__(self, stem: str, threads: int, header: str = "") -> None:
+    def __init__(self, stem: str, threads: int) -> None:
         super().__init__(stem, threads)
-        self.header = prefill_header() + "\n" + (header + "\n" if header else "")
+        self.header = prefill_header() + "\n"

@@ -11,7 +11,7 @@ from .cache_types import CACHE_TYPES
 from .emission import Emitted
 from .prefill_emission import PrefillContext, PrefillKernel
 from .weight_types import WEIGHT_TYPES, superblocks
-from .writer import c_float, inset
+from .writer import c_float
 
 THREADS = 256
 ATTEND_THREADS, ATTEND_ROWS = 128, 64  # as in the header
@@ -77,14 +77,14 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
     held = CACHE_TYPES[node.ins[5].type.dtype]
     heads = int(node.attr("heads"))  # type: ignore[arg-type]
     _check_head(head_dim)
-    kernel = PrefillKernel("prefill_rope_append", THREADS, held.header())
+    kernel = PrefillKernel("prefill_rope_append", THREADS)
     places = [ctx.place(value) for value in node.ins[:3]]
     for name, place in zip("qkv", places, strict=True):
         kernel.take(f"const float* {name}", place.buffer)
     for name, value in zip(("q_norm", "k_norm"), node.ins[3:5], strict=True):
         kernel.take(f"const float* {name}", ctx.param(value))
-    kernel.take(f"{held.element}* k_cache", ctx.in_place(node.outs[1], node.ins[5]))
-    kernel.take(f"{held.element}* v_cache", ctx.in_place(node.outs[2], node.ins[6]))
+    kernel.take("u8* k_cache", ctx.in_place(node.outs[1], node.ins[5]))
+    kernel.take("u8* v_cache", ctx.in_place(node.outs[2], node.ins[6]))
     attrs = {key: value for key, value in node.attrs if key not in ("eps", "heads", "kv_heads")}
     kernel.take("const float2* rope", ctx.table("rope", ctx.ctx * head_dim * 4, head_dim=head_dim, **attrs))
     kernel.take("const int* span", "span")
@@ -93,7 +93,6 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
     kernel.take("int context", ctx.ctx)
     eps = float(node.attr("eps"))  # type: ignore[arg-type]
     rows = heads + 2 * kv_heads
-    append = "\n" + inset(held.chunk.append, 8) if held.chunk.append else ""
     kernel.writer.lines(f"""
         constexpr int HEAD_DIM = {head_dim}, HEADS = {heads}, KV_HEADS = {kv_heads};
         constexpr int PAIRS = HEAD_DIM > 64 ? HEAD_DIM / 64 : 1;
@@ -117,7 +116,9 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
         const float factor = rsqrtf(lanes_sum(squares, 32) * (1.0f / HEAD_DIM) + {c_float(eps)});
         const float* weights = head < HEADS ? q_norm : k_norm;
         u16* to = turned + (u64)token * {turned.stride} + head * HEAD_DIM;
-{inset(held.chunk.row.replace("THREADS", str(THREADS)), 8)}
+        {held.typedef(head_dim)}
+        __shared__ Cache::Row rows[{THREADS // 32}];
+        Cache::Row& row = rows[threadIdx.x >> 5];
         for_each<PAIRS>([&](auto u) {{
             int i = u.index * 32 + lane;
             if (i < HEAD_DIM / 2) {{
@@ -128,9 +129,20 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
                     a = x * turn.x - y * turn.y;
                     b = y * turn.x + x * turn.y;
                 }}
-{inset(held.chunk.put, 16)}
+                if (head < HEADS) {{
+                    to[i] = float_to_half(a);
+                    to[HEAD_DIM / 2 + i] = float_to_half(b);
+                }} else {{
+                    Cache::put(row, i, a);
+                    Cache::put(row, HEAD_DIM / 2 + i, b);
+                }}
             }}
-        }});{append}
+        }});
+        if (head >= HEADS) {{
+            Cache::finish(row, lane);
+            u8* cache = (head < HEADS + KV_HEADS ? k_cache : v_cache) + own * Cache::head_bytes(context);
+            Cache::store(cache, position, row, lane);
+        }}
     """)
     blocks = -(-ctx.tokens * rows // (THREADS // 32))
     return kernel.done(blocks, describe="a warp a token and head")
@@ -146,11 +158,11 @@ def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
     group = heads // kv_heads
     held = CACHE_TYPES[node.ins[1].type.dtype]
     blocks = -(-ctx.tokens * group // ATTEND_ROWS)
-    kernel = PrefillKernel("prefill_attention", ATTEND_THREADS, held.header())
+    kernel = PrefillKernel("prefill_attention", ATTEND_THREADS)
     source = ctx.place(q)
     kernel.take("const u16* q", source.buffer)
-    kernel.take(f"const {held.element}* k_cache", ctx.place(node.ins[1]).buffer)
-    kernel.take(f"const {held.element}* v_cache", ctx.place(node.ins[2]).buffer)
+    kernel.take("const u8* k_cache", ctx.place(node.ins[1]).buffer)
+    kernel.take("const u8* v_cache", ctx.place(node.ins[2]).buffer)
     kernel.take("const int* span", "span")
     y = ctx.write(node.out)
     kernel.take("u16* y", y.buffer)
@@ -159,7 +171,7 @@ def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
     kernel.writer.lines(f"""
         extern __shared__ __align__(128) u8 shared_memory[];
         const int kv_head = blockIdx.x % {kv_heads}, block = {blocks - 1} - (int)blockIdx.x / {kv_heads};
-        attend_block<{head_dim}, {group}{held.chunk.tiles}>(
+        attend_block<{head_dim}, {group}, {held.chunk_tiles}>(
             q, k_cache, v_cache, y, {source.stride}, {y.stride}, span[0], span[1], context, kv_head, block,
             {c_float(scale)}, (u16*)shared_memory);
     """)

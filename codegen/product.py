@@ -59,6 +59,11 @@ class Product:
         return self.ctx.target.programmatic
 
     @property
+    def registers(self) -> int:
+        """Of a thread: as many as its place has, no more and no fewer; 0: as many as it needs."""
+        return self.ctx.target.place_registers(self.ctx.place(self.node))
+
+    @property
     def stages(self) -> int:
         """Ring stages that a team of warps goes through, at most."""
         return -(-self.tiles_per_block // self.shape.tile_warps) * self.slice

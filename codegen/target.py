@@ -11,12 +11,18 @@ Place = Literal["before attention", "after attention", "wide", "deep", "last"]  
 
 RESERVED_BYTES = 1024  # of shared memory that the driver takes for each resident block
 STATIC_BYTES = 128  # of static shared memory that a product has
-ATTENTION_BYTES = 50048  # that attention's block takes in all
+WIDE_BYTES = 116864  # in all of a product in the place `wide`: gate and up's ring of six stages
 DEEP_BYTES = 82560  # in all of a product in the place `deep`: three superblocks of eight warps in Q6_K
 SCHEDULER_WARPS = 3  # of a product's block that one of a multiprocessor's four schedulers may have
 WARP_REGISTERS = 512  # of 32 threads each, that a scheduler has
 REGISTERS = 4 * 32 * WARP_REGISTERS  # of a multiprocessor, and the most that a block may have
-PLACE_REGISTERS = 72  # a thread of a product; attention may have what is left
+REGISTERS_OF_PLACE: dict[Place, int] = {  # a thread of a product; attention may have what is left
+    "before attention": 72,
+    "after attention": 64,
+    "wide": 72,
+    "deep": 72,
+    "last": 72,
+}
 
 
 @dataclass(frozen=True)
@@ -46,47 +52,56 @@ class Target:
         """The same GPU class without what came with compute capability 9.0: programmatic launch, clusters, places."""
         return replace(self, programmatic=False, cluster=1, places=False)
 
-    @property
-    def registers(self) -> int:
-        """The most registers a thread of a product may have, or 0 for no such bound.
+    def place_registers(self, place: Place) -> int:
+        """The registers of a thread of a product, or 0 where nobody counts them.
 
         Two products and attention share a multiprocessor. Its registers belong to its four schedulers, and a block's
-        warps are dealt out to them: at most three of each product and one of attention to each.
+        warps are dealt out to them: at most three of each product and one of attention to each. A third product, or a
+        second block of one, does not fit: every product has as many as its place says (`hold_registers`).
         """
-        return PLACE_REGISTERS if self.places else 0
+        return REGISTERS_OF_PLACE[place] if self.places else 0
 
     @property
     def attention_registers(self) -> int:
-        """The same for a thread of attention: what two products leave."""
-        return WARP_REGISTERS - 2 * SCHEDULER_WARPS * PLACE_REGISTERS if self.places else 0
+        """The most registers of a thread of attention, or 0 for no such bound.
+
+        It is what the product after it leaves with the one before it, or with the wide one. So there is no room for it
+        while the deep one of the layer before works: it starts behind that, early enough.
+        """
+        if not self.places:
+            return 0
+        before, after = REGISTERS_OF_PLACE["before attention"], REGISTERS_OF_PLACE["after attention"]
+        return WARP_REGISTERS - SCHEDULER_WARPS * (after + max(before, REGISTERS_OF_PLACE["wide"]))
 
     @property
     def most_warps(self) -> int:
         """Warps that may multiply in the block of a product; two helpers come with them."""
         return 4 * SCHEDULER_WARPS - 2 if self.places else 16
 
-    def place_bytes(self, place: Place) -> int:
+    def place_bytes(self, place: Place, attention_bytes: int) -> int:
         """Dynamic shared memory that the block of a product takes, used or not; 0: no places.
 
         While one product works, the next one is resident and fetches its weights. The hardware puts blocks where there
         is room, and with sizes of their own, kernels were seen to crowd on 43 to 90 of 132 multiprocessors, two and
         three blocks of one kernel on each (docs/performance.md, version 4). So every product has one block a
-        multiprocessor, and sizes are such that a second one fits nowhere while the kernel before is there:
+        multiprocessor, whose registers have no room for a second one (`place_registers`), and sizes are such that
+        those stand beside each other that have to:
 
             before attention    beside `deep` and attention
-            after attention     two of it do not fit beside `before attention`
-            wide                beside `after attention` and attention
+            after attention     beside `wide` and attention
+            wide                gate and up's ring of six stages (1.7B)
             deep                beside `wide`
             last                beside `deep`
+
+        attention_bytes: what attention's block takes in all (`places.step_places`).
         """
         if not self.places:
             return 0
         total = self.shared_bytes + RESERVED_BYTES
-        after = (ATTENTION_BYTES + DEEP_BYTES) // 2 + 256  # STATIC_BYTES of each may not be there
         sizes: dict[Place, int] = {
-            "before attention": total - ATTENTION_BYTES - DEEP_BYTES,
-            "after attention": after,
-            "wide": total - ATTENTION_BYTES - after,
+            "before attention": total - attention_bytes - DEEP_BYTES,
+            "after attention": total - attention_bytes - WIDE_BYTES,
+            "wide": WIDE_BYTES,
             "deep": DEEP_BYTES,
             "last": total - DEEP_BYTES,
         }

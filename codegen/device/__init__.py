@@ -8,8 +8,10 @@ from importlib.resources import files
 
 @cache
 def device_header() -> str:
-    """`psigraph_device.cuh`: every instruction and weight type that kernels use."""
-    return (files(__package__) / "psigraph_device.cuh").read_text(encoding="utf-8")
+    """`psigraph_device.cuh` and, behind it, `psigraph_cache.cuh`: every instruction, weight type and cache that kernels
+    use."""
+    parts = (files(__package__) / name for name in ("psigraph_device.cuh", "psigraph_cache.cuh"))
+    return "\n".join(part.read_text(encoding="utf-8") for part in parts)
 
 
 @cache
@@ -22,12 +24,6 @@ def sampling_header() -> str:
 def prefill_header() -> str:
     """`psigraph_prefill.cuh`: many tokens at once, on the tensor cores."""
     return (files(__package__) / "psigraph_prefill.cuh").read_text(encoding="utf-8")
-
-
-@cache
-def cache_header() -> str:
-    """`psigraph_cache.cuh`: a KV cache in 8 bits; behind the prefill header also what a prompt's kernels need of it."""
-    return (files(__package__) / "psigraph_cache.cuh").read_text(encoding="utf-8")
 
 
 @cache

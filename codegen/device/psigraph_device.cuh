@@ -278,7 +278,31 @@ template <int DEPTH, int> struct Ring {
 };
 #endif
 
-// Bytes that will be asked for later, into the L2 cache: whole times 16, on a 16-byte boundary.
+// A kernel has the registers that its widest stretch of code needs, and this stretch, which never runs, needs COUNT and a
+// few more: so blocks of all products fit a multiprocessor in the same number, whatever their own code needs.
+template <int COUNT> DEVICE void hold_registers() {
+#ifndef PSIGRAPH_HOST
+    if (gridDim.z == 1) return;
+    u32 held[COUNT];
+    for_each<COUNT>([&](auto i) { asm volatile("mov.u32 %0, %%clock;" : "=r"(held[i.index])); });
+    for_each<COUNT>([&](auto i) { asm volatile("st.volatile.shared.u32 [%0], %1;" ::"r"(held[COUNT - 1 - i.index]), "r"(held[i.index]) : "memory"); });
+#endif
+}
+
+// Copies into shared memory, for the warp that asks for them: in sets, each closed by `end_of_copies`. (One bulk copy instead took longer: its request and the wait at its barrier are 100 clocks each.)
+#ifdef PSIGRAPH_HOST
+DEVICE void end_of_copies() {}
+template <int SETS> DEVICE void wait_for_copies_but_last() { __syncwarp(); }
+#else
+DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all but the last SETS of them are there.
+template <int SETS> DEVICE void wait_for_copies_but_last() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(SETS) : "memory");
+    __syncwarp();
+}
+#endif
+
+// Bytes that will be asked for later, into the L2 cache, by one lane: whole times 16, on a 16-byte boundary.
 #if !defined(PSIGRAPH_HOST) && __CUDA_ARCH__ >= 900
 DEVICE void prefetch(const void* source, int bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory"); }
 #else
@@ -328,6 +352,9 @@ DEVICE void wait_for_bytes(u64* barrier) { wait_at_barrier(barrier, 0); }
 // into a high and a low half (float16 each), which stand in neighbouring columns.
 // ---------------------------------------------------------------------------------------------------------
 
+// Where column i of a vector stands, so that lane (g, t) reads what it gives to the products of 32 columns in one piece.
+DEVICE int column_place(int i) { return (i & ~31) | (i & 6) << 2 | (i & 16) >> 2 | (i & 8) >> 2 | (i & 1); }
+
 // Both halves of one number.
 DEVICE u32 both_halves(float value) {
     u16 high = float_to_half(value);
@@ -337,7 +364,6 @@ DEVICE u32 both_halves(float value) {
 // sums: row g columns 2 t and 2 t + 1, then row g + 8; a: rows g and g + 8 at columns 2 t, 2 t + 1, then both at
 // columns 2 t + 8, 2 t + 9; b: rows 2 t, 2 t + 1 of column g, then rows 2 t + 8, 2 t + 9.
 // transposed: lane (g, t) gives row g, columns 2 t and 2 t + 1 of 8 x 8 halves and gets rows 2 t and 2 t + 1 of column g.
-// load_transposed: `a` for the transpose of 16 rows (`row` halves apart) x 16 columns of shared memory.
 #ifdef PSIGRAPH_HOST
 DEVICE void dot_halves(float sums[4], const u32 a[4], const u32 b[2], int lane) { host::dot_halves(sums, a, b, lane); }
 DEVICE u32 transposed(u32 pair, int lane) {
@@ -345,15 +371,6 @@ DEVICE u32 transposed(u32 pair, int lane) {
     u32 first = __shfl_sync(FULL_WARP, pair, from), second = __shfl_sync(FULL_WARP, pair, from + 4);
     return ((first >> shift) & 0xffffu) | ((second >> shift) << 16);
 }
-DEVICE void load_transposed(u32 a[4], const u16* rows, int row, int lane) {
-    for (int i = 0; i < 4; i++) {
-        const u16* at = rows + (2 * (lane & 3) + 8 * (i >> 1)) * row + (lane >> 2) + 8 * (i & 1);
-        a[i] = (u32)at[0] | ((u32)at[row] << 16);
-    }
-}
-DEVICE void copy_16_bytes(u16* to, const u16* from) { *(uint4*)to = host::from_earlier_step((const uint4*)from); }
-DEVICE void end_of_copies() {}
-DEVICE void wait_for_copies_but_last() { __syncwarp(); }
 #else
 DEVICE void dot_halves(float sums[4], const u32 a[4], const u32 b[2], int) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -364,22 +381,6 @@ DEVICE u32 transposed(u32 pair, int) {
     u32 result;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
     return result;
-}
-DEVICE void load_transposed(u32 a[4], const u16* rows, int row, int lane) {
-    const u16* mine = rows + ((lane & 7) + 8 * (lane >> 4)) * row + 8 * ((lane >> 3) & 1);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"((u32)__cvta_generic_to_shared(mine))
-                 : "memory");
-}
-// Copies on their way into shared memory, for the warp that asks for them: in sets, each closed by `end_of_copies`.
-DEVICE void copy_16_bytes(u16* to, const u16* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-DEVICE void wait_for_copies_but_last() {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-    __syncwarp();
 }
 #endif
 

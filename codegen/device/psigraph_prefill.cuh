@@ -400,23 +400,24 @@ template <int D> struct AttendShape {
 
 // Tiles of keys and values, as a type of cache brings them: `fetch` begins the copies of one; `arrived`, once those of
 // all threads are there, begins those of the next and gives halves [KEYS][KEY_STRIDE], [KEYS][VALUE_STRIDE]. `keys` of
-// the head may be read.
-// Of a cache of halves [kv head][context][D] they arrive as they are, in two stages of shared memory by turns.
+// the head may be read. The caches themselves are in `psigraph_cache.cuh`.
+//
+// Halves arrive as they are, in two stages of shared memory by turns.
 template <int D> struct HalfTiles {
-    typedef u16 Element;
     typedef AttendShape<D> Shape;
-    const u16 *head_keys, *head_values;
+    typedef HalfCache<D> Cache;
+    const u8 *head_keys, *head_values;
     u16* shared;
     int keys;
-    METHOD HalfTiles(const u16* k_cache, const u16* v_cache, int kv_head, int context, int keys_, u16* shared_)
-        : head_keys(k_cache + (u64)kv_head * context * D), head_values(v_cache + (u64)kv_head * context * D), shared(shared_), keys(keys_) {}
+    METHOD HalfTiles(const u8* k_cache, const u8* v_cache, int kv_head, int context, int keys_, u16* shared_)
+        : head_keys(k_cache + kv_head * Cache::head_bytes(context)), head_values(v_cache + kv_head * Cache::head_bytes(context)), shared(shared_), keys(keys_) {}
     METHOD void fetch(int tile) const {
         u16* stage = shared + (tile & 1) * Shape::STAGE;
 #pragma unroll 4
         for (int i = threadIdx.x; i < Shape::KEYS * D / 8; i += ATTEND_THREADS) {
             int row = i / (D / 8), part = i % (D / 8), key = tile * Shape::KEYS + row;
             bool inside = key < keys;  // behind them may lie anything, and zero times that is not always zero
-            u64 at = (u64)(inside ? key : 0) * D + part * 8;
+            u64 at = inside ? ((u64)key * Cache::PARTS + part_place<Cache::PARTS>(part, key)) * 16 : 0;
             copy_16(stage + row * Shape::KEY_STRIDE + part * 8, head_keys + at, inside);
             copy_16(stage + Shape::KEYS * Shape::KEY_STRIDE + row * Shape::VALUE_STRIDE + part * 8, head_values + at, inside);
         }
@@ -427,10 +428,61 @@ template <int D> struct HalfTiles {
     }
 };
 
+// Bytes arrive behind one stage of halves, and are widened into it.
+template <int D> struct Q8Tiles {
+    typedef AttendShape<D> Shape;
+    typedef Q8<D> Cache;
+    static constexpr int TILES = Shape::KEYS / Cache::POSITIONS, PIECES = Cache::BYTES / 16;
+    const u8 *head_keys, *head_values;
+    u16* halves;
+    u8* raw;
+    int keys;
+    METHOD Q8Tiles(const u8* k_cache, const u8* v_cache, int kv_head, int context, int keys_, u16* shared)
+        : head_keys(k_cache + kv_head * Cache::head_bytes(context)),
+          head_values(v_cache + kv_head * Cache::head_bytes(context)),
+          halves(shared),
+          raw((u8*)(shared + Shape::STAGE)),
+          keys(keys_) {}
+    METHOD void fetch(int tile) const {
+#pragma unroll(D > 128 ? 1 : 2)
+        for (int i = threadIdx.x; i < TILES * PIECES; i += ATTEND_THREADS) {
+            const int which = tile * TILES + i / PIECES, piece = i % PIECES;
+            const int bytes = Cache::bytes_of_piece(piece, 0, keys - which * Cache::POSITIONS);
+            const u64 at = bytes ? (u64)which * Cache::BYTES + piece * 16 : 0;  // an address behind the cache is not given
+            copy_first_bytes<false>(raw + i * 16, head_keys + at, bytes);
+            copy_first_bytes<false>(raw + (TILES * PIECES + i) * 16, head_values + at, bytes);
+        }
+    }
+    METHOD const u16* arrived(int tile, int tiles) const {
+        widen_all(halves, raw, Shape::KEY_STRIDE);
+        widen_all(halves + Shape::KEYS * Shape::KEY_STRIDE, raw + TILES * Cache::BYTES, Shape::VALUE_STRIDE);
+        __syncthreads();
+        if (tile + 1 < tiles) fetch(tile + 1);
+        return halves;
+    }
+    METHOD void widen_all(u16* to, const u8* from, int stride) const {
+#pragma unroll(D > 128 ? 1 : 2)
+        for (int i = threadIdx.x; i < Shape::KEYS * D / 16; i += ATTEND_THREADS) {
+            const int key = i / (D / 16), part = i % (D / 16), row = key % Cache::POSITIONS;
+            const u8* tile = from + key / Cache::POSITIONS * Cache::BYTES;
+            const uint4 words = ((const uint4*)tile)[row * Cache::PARTS + part_place<Cache::PARTS>(part, row)];
+            const u32 scale = ((const u16*)(tile + Cache::VALUES))[part / 2 * Cache::POSITIONS + row] * 0x10001u;
+            uint4 low, high;  // columns 0 to 7, and 8 to 15
+            widen(low.x, high.x, words.x, scale);
+            widen(low.y, high.y, words.y, scale);
+            widen(low.z, high.z, words.z, scale);
+            widen(low.w, high.w, words.w, scale);
+            uint4* eight = (uint4*)(to + key * stride + part * 16);
+            eight[0] = low;
+            eight[1] = high;
+        }
+    }
+};
+
 // q, y: halves [token][stride]; caches: as TILES knows them. position: of the chunk's first token, count: its tokens.
 // scale: of the scores, times log2(e). shared: 2 * STAGE halves, or what TILES needs.
-template <int D, int GROUP, template <int> class TILES = HalfTiles>
-DEVICE void attend_block(const u16* q, const typename TILES<D>::Element* k_cache, const typename TILES<D>::Element* v_cache, u16* y, int q_stride, int y_stride,
+template <int D, int GROUP, template <int> class TILES>
+DEVICE void attend_block(const u16* q, const u8* k_cache, const u8* v_cache, u16* y, int q_stride, int y_stride,
                          int position, int count, int context, int kv_head, int block, float scale, u16* shared) {
     typedef AttendShape<D> Shape;
     constexpr int KEYS = Shape::KEYS, BLOCKS = D / 8;

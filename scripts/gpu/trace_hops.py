@@ -53,7 +53,7 @@ MARKS = (  # text of a kernel -> the same with a stamp; what a kernel does not h
     ),
     ("__syncthreads();\n\n    // 4.", "STAMP(5);\n__syncthreads();\nSTAMP(6);\n    // 4."),
     ("// Columns of the products", "STAMP(3);\n// Columns of the products"),
-    ("wait_for_copies_but_last();\n", "wait_for_copies_but_last();\nSTAMP(4);\n"),
+    ("wait_for_copies_but_last<STAGES - 1>();\n", "wait_for_copies_but_last<STAGES - 1>();\nSTAMP(4);\n"),
     ("// This warp's part", "STAMP(5);\n// This warp's part"),
     ("wait_for_bytes(&all_sent);\n", "wait_for_bytes(&all_sent);\nSTAMP(6);\n"),
 )

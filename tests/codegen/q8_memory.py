@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from half_memory import part_places
 
 from psigraph.ir.types import Q8_GROUP, widen_q8
 
@@ -18,6 +19,7 @@ def pack(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
     factors = np.concatenate([scales, behind], axis=1).reshape(kv_heads, -1, POSITIONS, scales.shape[2])
     planes = np.empty(values.shape, np.uint8)
     planes[..., places(head_dim)] = (values.astype(np.int16) + 128).astype(np.uint8)
+    planes = _ordered(planes)
     tiles = [planes.reshape(*planes.shape[:2], -1), _bytes(factors.swapaxes(2, 3)).reshape(*planes.shape[:2], -1)]
     return np.concatenate(tiles, axis=2).ravel()
 
@@ -26,7 +28,8 @@ def unpack(memory: np.ndarray, kv_heads: int, head_dim: int) -> tuple[np.ndarray
     """The other way round: (integers, scales) of all positions, those behind the context too."""
     groups = -(-head_dim // Q8_GROUP)
     tiles = memory.reshape(kv_heads, -1, POSITIONS * (head_dim + 2 * groups))
-    planes = tiles[..., : POSITIONS * head_dim].reshape(kv_heads, -1, head_dim)
+    planes = tiles[..., : POSITIONS * head_dim].reshape(kv_heads, -1, POSITIONS, head_dim)
+    planes = _ordered(planes).reshape(kv_heads, -1, head_dim)
     integers = (planes[..., places(head_dim)].astype(np.int16) - 128).astype(np.int8)
     factors = np.ascontiguousarray(tiles[..., POSITIONS * head_dim :]).view(np.float16)
     scales = factors.reshape(kv_heads, -1, groups, POSITIONS).swapaxes(2, 3).reshape(kv_heads, -1, groups)
@@ -50,6 +53,14 @@ def places(head_dim: int) -> np.ndarray:
     """Where each column lies in its row: columns c and c + 8 of 16 are neighbours."""
     column = np.arange(head_dim)
     return (column & ~15) | (column & 7) << 1 | (column >> 3 & 1)
+
+
+def _ordered(planes: np.ndarray) -> np.ndarray:
+    """Rows [kv_heads, tile, position, head_dim] with the sixteen-value parts of each in the other order."""
+    head_dim = planes.shape[3]
+    order = part_places(head_dim // 16)[np.arange(POSITIONS) % 8]
+    parts = planes.reshape(*planes.shape[:3], head_dim // 16, 16)
+    return np.take_along_axis(parts, order[None, None, :, :, None], axis=3).reshape(planes.shape)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

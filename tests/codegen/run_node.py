@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import half_memory
 import numpy as np
 
 from psigraph.codegen.digits import BLOCK_BYTES, copy_bytes
@@ -142,7 +143,9 @@ class Step:
         A q8 cache is given and got as it lies in memory (`q8_memory`), uint8[bytes].
         """
         for buffer in self.program.buffers:
-            if buffer.layout == "q8":
+            if buffer.layout == "f16 tiles":
+                self._write(buffer, half_memory.pack(states.get(buffer.name, np.zeros(buffer.shape, np.float16))))
+            elif buffer.layout == "q8 tiles":
                 self._write(buffer, states.get(buffer.name, np.zeros(buffer.nbytes, np.uint8)))
             elif buffer.kind in ("state", "constant"):
                 given = states.get(buffer.name, np.zeros(buffer.shape))
@@ -202,8 +205,10 @@ class Step:
         data = self._read(buffer)
         if buffer.layout == "i8x2":
             return decode_digits(data, buffer.shape[0])
-        if buffer.layout == "q8":
+        if buffer.layout == "q8 tiles":
             return data
+        if buffer.layout == "f16 tiles":
+            return half_memory.unpack(data, *buffer.shape)
         if buffer.layout == "halves":
             padded = data.view(np.float16).reshape(buffer.shape[0], -1)
             assert not padded[:, buffer.shape[1] :].any(), "padding is not zero"

@@ -1,4 +1,4 @@
-"""The places that a step's kernels take on a multiprocessor: one block of each kernel, and room for nothing else."""
+"""The places that a step's kernels take on a multiprocessor: one block of each product, and registers for no other."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from shipped import graph_of
 from psigraph.codegen import digits, profile
 from psigraph.codegen.cache_types import CACHE_TYPES
 from psigraph.codegen.device import device_header
+from psigraph.codegen.emit_attention import ATTENTION_OPS
 from psigraph.codegen.emit_product import PRODUCTS
-from psigraph.codegen.lower import lower
-from psigraph.codegen.places import product_places
-from psigraph.codegen.target import ATTENTION_BYTES, RESERVED_BYTES, STATIC_BYTES, TARGETS, Place
+from psigraph.codegen.lower import is_view, lower
+from psigraph.codegen.places import StepPlaces, product_places, step_places
+from psigraph.codegen.target import (
+    RESERVED_BYTES,
+    SCHEDULER_WARPS,
+    STATIC_BYTES,
+    TARGETS,
+    WARP_REGISTERS,
+    Place,
+    Target,
+)
 from psigraph.ir.graph import Node, TensorType, Value
 from psigraph.ir.program import Launch, Program
 from psigraph.runtime import nvrtc, synth
@@ -25,23 +34,55 @@ PLACES = get_args(Place)
 WITH_PLACES = [target for target in TARGETS.values() if target.places]
 
 
+@pytest.mark.parametrize("size", synth.SIZES)
 @pytest.mark.parametrize("target", WITH_PLACES, ids=lambda target: target.arch)
-def test_a_second_block_of_a_kernel_fits_nowhere(target):
-    total = target.shared_bytes + RESERVED_BYTES
-    before, after, wide, deep, last = (target.place_bytes(place) + RESERVED_BYTES for place in PLACES)
-    with_static = (before, after, wide, deep, last) = tuple(b + STATIC_BYTES for b in (before, after, wide, deep, last))
-    assert all(size % 128 == 0 for size in with_static)
+def test_what_has_to_stand_beside_each_other_fits(target, size):
+    total, attention = target.shared_bytes + RESERVED_BYTES, places_of(size, target).attention_bytes
+    before, after, wide, deep, last = (
+        target.place_bytes(place, attention) + RESERVED_BYTES + STATIC_BYTES for place in PLACES
+    )
+    assert all(size % 128 == 0 for size in (before, after, wide, deep, last))
     # What stands beside each other while one works and the other fetches:
-    assert deep + before + ATTENTION_BYTES <= total
-    assert after + wide + ATTENTION_BYTES <= total
-    assert before + ATTENTION_BYTES + after <= total
+    assert deep + before + attention <= total
+    assert after + wide + attention <= total
+    assert before + attention + after <= total
     assert wide + deep <= total
     assert deep + last <= total
-    # A second block where the kernel before is resident. A kernel may leave its static memory unused.
-    assert deep + 2 * before > total
-    assert before + 2 * (after - STATIC_BYTES) > total
-    assert 2 * wide > total  # it fits nowhere twice, so that every layer starts in order again
-    assert wide + 2 * deep > total
+
+
+@pytest.mark.parametrize("target", WITH_PLACES, ids=lambda target: target.arch)
+def test_a_second_block_of_a_product_has_no_registers(target):
+    """On one scheduler, which has three warps of each product and one of attention."""
+
+    def registers(*places: Place) -> int:
+        return sum(SCHEDULER_WARPS * target.place_registers(place) for place in places)
+
+    for first, second in zip(PLACES, (*PLACES[1:4], "before attention"), strict=False):
+        assert registers(first, second) <= WARP_REGISTERS
+        assert registers(first, second, second) > WARP_REGISTERS
+    attention = target.attention_registers
+    assert registers("before attention", "after attention") + attention <= WARP_REGISTERS
+    assert registers("after attention", "wide") + attention <= WARP_REGISTERS
+
+
+@pytest.mark.parametrize("size", ["0.6b", "1.7b", "8b"])
+def test_products_have_the_registers_of_their_places(size):
+    """Not fewer, so that a second block finds none; a kernel that does not get along with them has more."""
+    target = TARGETS["sm_90a"]
+    program = lower(graph_of(size, "q4_k_m", 1), target)
+    products = products_of(program)
+    for launch, place in zip(products, PLACES, strict=True):
+        _, resources = nvrtc.compile_kernel(program.source(launch.kernel), launch.kernel, target.arch)
+        assert resources.registers == target.place_registers(place), launch.kernel
+
+
+def test_attention_has_more_stages_where_products_leave_room():
+    target = TARGETS["sm_90a"]
+    stages = {size: places_of(size, target).attention_stages for size in synth.SIZES}
+    assert stages == {"0.6b": 5, "1.7b": 5, "4b": 2, "8b": 2}
+    assert places_of("1.7b", target, "q8_0").attention_stages == 4
+    assert places_of("1.7b", target, "q4_k_m", "q8").attention_stages == 6
+    assert places_of("1.7b", TARGETS["sm_89"]).attention_stages == 3
 
 
 @pytest.mark.parametrize("quant", ["q4_k_m", "q8_0"])
@@ -50,13 +91,14 @@ def test_products_of_a_model_fill_their_places(size, quant):
     target = TARGETS["sm_90a"]
     program = lower(graph_of(size, quant), target)
     products = products_of(program)
+    attention = places_of(size, target, quant).attention_bytes
     assert len(products) > 100
     layer = ("before attention", "after attention", "wide", "deep")
     for number, launch in enumerate(products[:-1]):
         assert launch.grid == target.sm_count, launch.kernel
-        assert launch.shared_bytes == target.place_bytes(layer[number % 4]), launch.kernel
+        assert launch.shared_bytes == target.place_bytes(layer[number % 4], attention), launch.kernel
         assert launch.block <= 384, launch.kernel
-    assert products[-1].shared_bytes == target.place_bytes("last")
+    assert products[-1].shared_bytes == target.place_bytes("last", attention)
 
 
 def test_places_follow_attention_where_fusions_are_off():
@@ -77,7 +119,10 @@ def test_attention_fits_beside_the_products(size, kv_type):
     program = lower(graph_of(size, "q4_k_m", 1, kv_type=kv_type), target)
     (launch,) = (launch for launch in program.launches if launch.kernel == "rope_attention")
     _, resources = nvrtc.compile_kernel(program.source(launch.kernel), launch.kernel, target.arch)
-    assert launch.shared_bytes + resources.shared_bytes + RESERVED_BYTES <= ATTENTION_BYTES
+    assert (
+        launch.shared_bytes + resources.shared_bytes + RESERVED_BYTES
+        <= places_of(size, target, "q4_k_m", kv_type).attention_bytes
+    )
     assert resources.registers <= target.attention_registers
     assert resources.spill_bytes == 0
 
@@ -108,10 +153,15 @@ def test_constants_of_the_device_header_are_those_of_the_emitters():
 
 def test_without_places_kernels_take_what_they_need():
     target = TARGETS["sm_90a"].plain()
-    assert target.place_bytes("wide") == target.registers == 0
+    assert target.place_bytes("wide", 0) == target.place_registers("wide") == target.attention_registers == 0
     program = lower(graph_of("1.7b", "q4_k_m"), target)
     assert len({launch.shared_bytes for launch in products_of(program)}) > 2
     assert not any(launch.programmatic or launch.cluster > 1 for launch in program.launches)
+
+
+def places_of(size: str, target: Target, quant: str = "q4_k_m", kv_type: str = "f16") -> StepPlaces:
+    kernels = [node for node in graph_of(size, quant, 1, kv_type=kv_type).nodes if not is_view(node)]
+    return step_places(kernels, PRODUCTS, ATTENTION_OPS, target)
 
 
 def products_of(program: Program) -> list[Launch]:

@@ -10,7 +10,7 @@ from shipped import prefill_of
 from test_gates import INCLUDE, assert_gates
 
 from psigraph.codegen.cache_types import CACHE_TYPES
-from psigraph.codegen.device import cache_header, prefill_header
+from psigraph.codegen.device import prefill_header
 from psigraph.codegen.prefill_lower import lower_prefill
 from psigraph.codegen.target import GPU_ARCHES, TARGETS
 from psigraph.ir.program import LIBRARY_PRODUCT, Program
@@ -66,4 +66,4 @@ def test_launches_of_a_chunk():
 
 
 def test_texts_include_nothing():
-    assert not INCLUDE.findall(prefill_header() + cache_header())
+    assert not INCLUDE.findall(prefill_header())

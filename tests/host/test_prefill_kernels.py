@@ -60,7 +60,7 @@ def contents(buffer: Buffer) -> np.ndarray:
         return generator.integers(0, 40, buffer.shape).astype(np.int32).view(np.uint8).ravel()
     if buffer.dtype == "f16" and buffer.kind == "state":
         return generator.standard_normal(buffer.nbytes // 2).astype(np.float16).view(np.uint8)
-    if buffer.layout == "q8":
+    if buffer.layout == "q8 tiles":
         rows = generator.standard_normal((buffer.shape[0], CONTEXT, buffer.shape[2]))
         return q8_memory.pack(*quantize_q8(rows))
     if buffer.kind == "weight":

@@ -263,7 +263,7 @@ def test_the_type_of_the_cache_shows_at_every_stage(
         assert "q8[2,2048,128]" in shown
         assert "f16[2,2048,128]" not in shown
     assert run([*given, "--kernel", "rope_attention"]) == 0
-    assert "Cache::fetch" in capsys.readouterr().out
+    assert "typedef Q8<128> Cache;" in capsys.readouterr().out
     assert run(["inspect", str(compiled), "--kv-type", "q8"]) == 2
     assert "is compiled already; give the model file instead" in capsys.readouterr().err
     out = tmp_path / "q8"
