@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from psigraph.ir.errors import UsageError
-from psigraph.runtime.synth import write_synth
+from psigraph.runtime import synth
+from psigraph.runtime.synth import SMALLEST, Size, write_synth
 from psigraph.session import Session, open_session
 
 pytestmark = pytest.mark.gpu
@@ -99,6 +100,31 @@ def test_a_prompt_by_chunks_is_one_token_by_token(quant: str, prefill: str) -> N
             assert runs[0].tobytes() == runs[1].tobytes(), length
             assert divergence(logits[None], runs[0][None])[0] <= 5e-5, length
         assert "tokens at once" in session.prefill
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads"),
+    [(16, 16, 2), (48, 16, 2), (64, 4, 2), (80, 16, 4), (96, 8, 4), (128, 6, 2), (256, 2, 1)],
+)
+def test_heads_of_other_sizes(head_dim: int, heads: int, kv_heads: int, kv_type: str, tmp_path: Path) -> None:
+    """Sizes whose rows are no whole 128 bytes, groups that are no power of two; a warp with one tile, two, three."""
+    size = Size(2, 256, 256, heads, kv_heads, False, head_dim=head_dim, context=2048)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(synth.SIZES, "odd", size)
+        model = write_synth(tmp_path / "odd.gguf", "odd", "q4_k_m", 1, vocab=SMALLEST)
+    ids = np.random.default_rng(head_dim).integers(0, 250, 1100).tolist()
+    lengths = (1, 16, 17, 300, 513, 529, 1040, 1100)
+    rows = {}
+    for backend in ("cpu", "cuda"):
+        with open_session(model, backend, outputs=("logits",), kv_type=kv_type, prefill="off") as session:
+            rows[backend] = []
+            for length in lengths:
+                session.feed(ids[session.position : length])
+                rows[backend].append(session.engine.logits())
+    found = divergence(np.stack(rows["cpu"]), np.stack(rows["cuda"]))
+    print(f"head_dim {head_dim}, group {heads // kv_heads}, {kv_type}: largest KL {found.max():.3e}")
+    assert found.max() <= (5e-5 if kv_type == "f16" else 1e-3)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
