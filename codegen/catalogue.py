@@ -50,7 +50,7 @@ SHAPE_CLASSES = (
     ShapeClass("ragged rows", 40, 512, 4),
     ShapeClass("ragged columns", 48, 672, 4),
     ShapeClass("few multiprocessors", 272, 768, 3),
-    ShapeClass("more rows than threads", 200, 256, 1, (("column_warps", 1), ("tile_warps", 1))),
+    ShapeClass("more rows than threads", 520, 256, 1, (("column_warps", 1), ("tile_warps", 1))),
     ShapeClass("refilled ring", 264, 768, 2, _RING),
     ShapeClass("even refilled ring", 256, 1024, 4, (("column_warps", 4), ("tile_warps", 1), ("ring_limit", 1))),
     ShapeClass("slices in pieces", 80, 1024, 2, (("column_warps", 2), ("tile_warps", 1), ("ring_limit", 1))),

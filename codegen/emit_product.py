@@ -105,6 +105,8 @@ def _text(product: Product, epilogue: Epilogue) -> str:
     )
     idle = product.launched > shape.grid  # blocks that only hold their place
     with writer.block(signature(product.threads, product.parameters, product.registers)):
+        if product.registers:
+            writer.line(f"hold_registers<{product.registers - 6}>();")
         writer.lines(f"""
             constexpr int COLUMN_WARPS = {shape.column_warps}, TILE_WARPS = {shape.tile_warps}, WARPS = {shape.warps};
             constexpr int DEPTH = {shape.depth};
@@ -118,8 +120,6 @@ def _text(product: Product, epilogue: Epilogue) -> str:
             u64* const barriers = (u64*)(shared_memory + {shared.barriers});  // of the ring of each team
             float* partial = (float*)(shared_memory + {shared.partial});  // [column warp][row of the block]
         """)
-        if product.registers:
-            writer.line(f"hold_registers<{product.registers - 6}>();")
         if not product.integer:
             writer.line(f"float* values = (float*)(shared_memory + {shared.activations});  // the activations")
         if product.factor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..ir.graph import Node, Value
 from .emission import Context, Factor
 from .shapes import ProductShape
+from .target import LEAST_WARPS
 from .weight_types import WeightType, padded_columns, superblocks
 
 IN_FLIGHT = 32 * 1024  # bytes that a block has under way ahead of its turn, about: enough to keep the memory busy
@@ -51,8 +52,10 @@ class Product:
     @property
     def threads(self) -> int:
         """The product's warps, one that runs errands (factor, residual, whatever the epilogue needs), and where bulk
-        copies can be asked for by any warp, one that asks for all weights ahead."""
-        return self.shape.threads + (64 if self.loads_ahead else 32)
+        copies can be asked for by any warp, one that asks for all weights ahead. With fewer than ten warps a block
+        would leave registers for a second one of the next kernel (`Target.place_registers`): some then do nothing."""
+        needed = self.shape.threads + (64 if self.loads_ahead else 32)
+        return max(needed, 32 * LEAST_WARPS) if self.ctx.target.places else needed
 
     @property
     def loads_ahead(self) -> bool:

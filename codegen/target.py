@@ -13,6 +13,7 @@ RESERVED_BYTES = 1024  # of shared memory that the driver takes for each residen
 STATIC_BYTES = 128  # of static shared memory that a product has
 WIDE_BYTES = 116864  # in all of a product in the place `wide`: gate and up's ring of six stages
 DEEP_BYTES = 82560  # in all of a product in the place `deep`: three superblocks of eight warps in Q6_K
+LEAST_WARPS = 10  # of a product's block where products have places
 SCHEDULER_WARPS = 3  # of a product's block that one of a multiprocessor's four schedulers may have
 WARP_REGISTERS = 512  # of 32 threads each, that a scheduler has
 REGISTERS = 4 * 32 * WARP_REGISTERS  # of a multiprocessor, and the most that a block may have

@@ -279,7 +279,8 @@ template <int DEPTH, int> struct Ring {
 #endif
 
 // A kernel has the registers that its widest stretch of code needs, and this stretch, which never runs, needs COUNT and a
-// few more: so blocks of all products fit a multiprocessor in the same number, whatever their own code needs.
+// few more: so blocks of all products fit a multiprocessor in the same number, whatever their own code needs. It belongs
+// at a kernel's very beginning: elsewhere it cost a step 1 to 18 % (docs/performance.md, version 14).
 template <int COUNT> DEVICE void hold_registers() {
 #ifndef PSIGRAPH_HOST
     if (gridDim.z == 1) return;
