@@ -47,7 +47,7 @@ def _device(driver: Any, index: int) -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "index": index,
-        "name": _check(driver, driver.cuDeviceGetName(128, device)).rstrip(b"\0").decode(errors="replace"),
+        "name": _check(driver, driver.cuDeviceGetName(128, device)).split(b"\0", 1)[0].decode(errors="replace"),
         "capability": f"{read('COMPUTE_CAPABILITY_MAJOR')}.{read('COMPUTE_CAPABILITY_MINOR')}",
         "multiprocessors": read("MULTIPROCESSOR_COUNT"),
         "total_bytes": int(_check(driver, driver.cuDeviceTotalMem(device))),
