@@ -60,10 +60,9 @@ class AttentionShape:
 
         Beside the dynamic part: queries, the new rows, norms, rotation, shares, and what the driver takes.
         """
-        queries = -(-self.group // 4) * 8 * (-(-self.head_dim // 32) * 32 + 32) * 2
-        row = -(-(self.head_dim * (2 if self.held.group == 0 else 5) + 2 * -(-self.head_dim // 32)) // 16) * 16
+        queries = -(-self.group // 4) * 8 * ((self.head_dim + 31) // 64 * 64 + 32) * 2
         shares = self.touched * (WARPS * self.splits + 4) * 4 if self.clusters else 0
-        static = queries + 2 * row + self.head_dim * 12 + shares + 256
+        static = queries + 2 * self.held.row_bytes(self.head_dim) + self.head_dim * 12 + shares + 256
         return -(-(self.dynamic_bytes(stages) + static + RESERVED_BYTES) // 128) * 128
 
 

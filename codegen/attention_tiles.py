@@ -135,7 +135,7 @@ _WEIGHTS = """
     u32 weights[SETS][2];
     for_each<SETS>([&](auto set) {
         for_each<2>([&](auto half) {
-            // 2^8 times too large, all alike: small weights then have a low half too, and large ones stay below 2^15.
+            // 2^8 times too large, all alike: small weights then have a low half too, and the largest is 2^15.
             const float weight = exp2_fast(scores[set.index][half.index] - top[set.index] + 8.0f);
             total[set.index] += weight;
             weights[set.index][half.index] = transposed(both_halves(weight), lane);

@@ -1,7 +1,8 @@
 """One row a type of KV cache: what a position takes, and which struct of the device header knows how it lies in memory.
 
-A new type is a row here and in `ir/types.py`, its rounding in `ir/interpret.py`, and a struct in
-`device/psigraph_cache.cuh` that stores a row and hands a tile to the tensor cores as halves.
+A new type is a row here and in `ir/types.py`, its rounding in `ir/interpret.py`, a struct in
+`device/psigraph_cache.cuh` that stores a row and hands a tile to the tensor cores as halves, and one in
+`device/psigraph_prefill.cuh` that brings tiles to a prompt's kernel.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class CacheType:
     struct       of the device header, a template over the head's size.
     value_bytes  of a value without its scale.
     group        values that share a scale of two bytes; 0: there are no scales.
+    value_room   bytes of a value in the struct's `Row`, a row on its way into the cache.
     chunk_bytes  head_dim, keys -> shared memory for `attend_block`'s tiles of so many keys and values.
     chunk_tiles  the template that brings tiles to `attend_block`.
     """
@@ -28,6 +30,7 @@ class CacheType:
     struct: str
     value_bytes: int
     group: int
+    value_room: int
     chunk_bytes: Callable[[int, int], int]
     chunk_tiles: str
 
@@ -38,6 +41,11 @@ class CacheType:
     def tile_bytes(self, head_dim: int) -> int:
         """Bytes of a tile of keys or of values, in memory and in shared memory."""
         return TILE * self.position_bytes(head_dim)
+
+    def row_bytes(self, head_dim: int) -> int:
+        """Bytes of the struct's `Row`."""
+        scales = 2 * -(-head_dim // self.group) if self.group else 0
+        return -(-(head_dim * self.value_room + scales) // 16) * 16
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a cache [key/value heads, context, head_dim]."""
@@ -67,7 +75,7 @@ def _q8_stage(head_dim: int, keys: int) -> int:
 CACHE_TYPES: dict[str, CacheType] = {
     row.name: row
     for row in (
-        CacheType("f16", "HalfCache", 2, 0, _half_stages, "HalfTiles"),
-        CacheType("q8", "Q8", 1, 32, _q8_stage, "Q8Tiles"),
+        CacheType("f16", "HalfCache", 2, 0, 2, _half_stages, "HalfTiles"),
+        CacheType("q8", "Q8", 1, 32, 5, _q8_stage, "Q8Tiles"),
     )
 }

@@ -6,7 +6,7 @@ first and then round their warps, so that every SM has work early. All query hea
 group share each key and value read. Both products of a tile run on the tensor cores with float16
 operands and float32 sums. Queries and softmax weights are cut in two halves each (`high + low`), which
 sit in columns that would be empty otherwise, so that nothing is lost beside the cache's own float16.
-How a tile becomes halves is the cache type's (`cache_types.py`).
+How a tile becomes halves is the cache type's (`device/psigraph_cache.cuh`).
 
 How a warp goes through its tiles is in `attention_tiles.py`.
 
@@ -99,13 +99,13 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
                 const int place = warp * SPLITS + split, busy = tiles < SLOTS ? tiles : SLOTS;  // warps that have tiles
                 const bool owner = (busy - 1) % SPLITS == split;  // this block has the tile of the new position
                 // This warp's tiles: from `first`, before `last`. The last place never has one more than others.
-                auto start = [&](int place) {
-                    if (tiles < SLOTS) return place < tiles ? place : tiles;
-                    return (place * tiles + SLOTS - 1) / SLOTS;
+                auto start = [&](int which) {
+                    if (tiles < SLOTS) return which < tiles ? which : tiles;
+                    return (which * tiles + SLOTS - 1) / SLOTS;
                 };
                 const int first = start(place), last = start(place + 1);
                 constexpr int SETS = (GROUP + 3) / 4;  // of four query heads, of each its high and its low halves
-                constexpr int QUERY = (HEAD_DIM + 31) / 32 * 32 + 32;  // of 32 columns each, rows in banks of their own
+                constexpr int QUERY = (HEAD_DIM + 31) / 64 * 64 + 32;  // whole 32 columns, rows in banks of their own
                 __shared__ __align__(16) u16 queries[SETS * 8][QUERY];
             """)
         else:
@@ -210,8 +210,9 @@ def _keep(writer: Writer, attends: bool, group: int) -> None:
     """)
     if group % 4:
         writer.lines(f"""
-            for (int i = threadIdx.x; i < (SETS * 8 - 2 * GROUP) * HEAD_DIM; i += {THREADS})
-                queries[2 * GROUP + i / HEAD_DIM][i % HEAD_DIM] = 0;  // heads that the last set lacks
+            // Heads that the last set lacks: their scores must not decide when the others' largest one is sought again.
+            for (int i = threadIdx.x; i < (SETS * 8 - 2 * GROUP) * QUERY; i += {THREADS})
+                queries[2 * GROUP + i / QUERY][i % QUERY] = 0;
         """)
 
 

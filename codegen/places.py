@@ -15,11 +15,13 @@ from .attention_shape import LEAST_STAGES, MOST_STAGES, USUAL_STAGES, attention_
 from .target import DEEP_BYTES, RESERVED_BYTES, STATIC_BYTES, WIDE_BYTES, Place, Target
 from .weight_types import TILE_ROWS, WEIGHT_TYPES, superblocks, tiles
 
+LEAST_PLACE_BYTES = 20 * 1024  # of a product beside an attention that is larger than what is left for it
+
 
 @dataclass(frozen=True)
 class StepPlaces:
     """Places of a step's products, by the name of the node's first result; stages of attention's ring, and the shared
-    memory that its block takes in all."""
+    memory that its block takes in all (a block that takes more does not start beside two products)."""
 
     of: dict[str, Place]
     attention_stages: int
@@ -44,7 +46,8 @@ def step_places(
     stages = MOST_STAGES
     while stages > LEAST_STAGES and shape.block_bytes(stages) > left:
         stages -= 1
-    return StepPlaces(of, stages, shape.block_bytes(stages))
+    most = total - max(WIDE_BYTES, DEEP_BYTES) - LEAST_PLACE_BYTES
+    return StepPlaces(of, stages, min(shape.block_bytes(stages), most))
 
 
 def product_places(kernels: Sequence[Node], products: Collection[str], attention: Collection[str]) -> dict[str, Place]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -43,17 +42,18 @@ class Writer:
         return "\n".join(self._lines) + "\n"
 
 
-def inset(text: str, spaces: int) -> str:
-    """Lines with this margin, to stand within other lines."""
-    return textwrap.indent(textwrap.dedent(text).strip("\n").rstrip(), " " * spaces)
-
-
 def signature(threads: int, parameters: Sequence[str], registers: int = 0) -> str:
     """The head of a kernel, parameters on as many lines as they need; KERNEL stands for its name.
 
     registers: the most that a thread may have, so that blocks share a multiprocessor; 0: as the block's size allows.
     """
-    lines = textwrap.wrap(", ".join(parameters), 110, break_long_words=False)
+    lines = [""]
+    for number, parameter in enumerate(parameters):
+        piece = parameter + (", " if number + 1 < len(parameters) else "")
+        if lines[-1] and len(lines[-1]) + len(piece) > 112:
+            lines[-1] = lines[-1].rstrip()
+            lines.append("")
+        lines[-1] += piece
     inner = "\n    ".join(lines)
     bounds = f"REGISTERS({threads}, {registers})" if registers else f"__launch_bounds__({threads})"
     return f'extern "C" __global__ void {bounds} KERNEL(\n    {inner})'

@@ -5,7 +5,7 @@
 // rows are not padded; instead the 16-byte parts of a row stand in another order in each of eight neighbouring rows
 // (`part_place`), so that the lanes of a warp read one part of eight rows from different banks of shared memory.
 //
-// Both structs offer the same: Row, put, finish, store, set, fetch_first, key, value.
+// Both structs offer the same: Row, head_bytes, put, finish, store, set, bytes_of_piece, key, value.
 #ifndef PSIGRAPH_CACHE_CUH
 #define PSIGRAPH_CACHE_CUH
 
@@ -96,7 +96,7 @@ template <class CACHE> DEVICE void fetch_tile(u8* to, const u8* tile, int seen, 
     });
 }
 
-// Halves [position][column].
+// Halves [position][column], the parts of a row in their order.
 template <int HEAD_DIM> struct HalfCache {
     static constexpr int POSITIONS = 16, PARTS = HEAD_DIM / 8, BYTES = POSITIONS * HEAD_DIM * 2;  // of a tile; of a row; of a tile
 
@@ -174,7 +174,7 @@ template <int HEAD_DIM> struct Q8 {
         if (lane < GROUPS) ((u16*)(tile + VALUES))[lane * POSITIONS + place] = row.scales[lane];
     }
 
-    // Bytes that count of 16-byte piece `piece` of a tile of which the first `seen` positions may be read.
+    // Bytes that count of 16-byte piece `first + lane` of a tile of which the first `seen` positions may be read.
     DEVICE int bytes_of_piece(int first, int lane, int seen) {
         const int piece = first + lane;
         if (piece < HEAD_DIM) return piece / (HEAD_DIM / 16) < seen ? 16 : 0;

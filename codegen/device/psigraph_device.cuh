@@ -1,6 +1,6 @@
 // The device header: everything that a generated kernel uses and CUDA C does not have by itself.
 //
-// Machine instructions (inline PTX) live here and nowhere else, each behind a name. With PSIGRAPH_HOST
+// Machine instructions (inline PTX) live here and in the other device headers, each behind a name. With PSIGRAPH_HOST
 // defined, g++ compiles the same kernels for a CPU: every name then has a plain C++ twin that means the
 // same, built on `host::` (runtime/host/cuda_on_cpu.h). No CUDA or standard header is included: the NVRTC
 // wheel carries none.
@@ -47,13 +47,7 @@ DEVICE int round_to_int(float value) { return __float2int_rn(value); }
 DEVICE float divide(float a, float b) { float q; asm("div.full.f32 %0, %1, %2;" : "=f"(q) : "f"(a), "f"(b)); return q; }
 #endif
 
-DEVICE float bfloat_to_float(u16 bits) { return bits_to_float((u32)bits << 16); }
 DEVICE float2 halves_to_floats(u32 pair) { return make_float2(half_to_float((u16)pair), half_to_float((u16)(pair >> 16))); }
-DEVICE void halves_of(uint4 eight, float out[8]) {
-    float2 a = halves_to_floats(eight.x), b = halves_to_floats(eight.y), c = halves_to_floats(eight.z), d = halves_to_floats(eight.w);
-    out[0] = a.x; out[1] = a.y; out[2] = b.x; out[3] = b.y;
-    out[4] = c.x; out[5] = c.y; out[6] = d.x; out[7] = d.y;
-}
 // Two floats as halves, the first in the low bits.
 #ifdef PSIGRAPH_HOST
 DEVICE u32 halves_from(float first, float second) { return (u32)float_to_half(first) | (u32)float_to_half(second) << 16; }

@@ -387,7 +387,7 @@ template <class TYPE> DEVICE void spread_tile(const u8* tiles, u16* out, int row
 // ---------------------------------------------------------------------------------------------------------
 // Causal attention of a chunk over the cache (running softmax: Milakov and Gimelshein 2018; tiles as in
 // FlashAttention-2). A block has one key/value head and 64 rows, a row being a token and one of the query heads that
-// share that head; a warp has 16 of them. Keys and values come in tiles through two stages of shared memory.
+// share that head; a warp has 16 of them. Keys and values come in tiles through shared memory.
 // ---------------------------------------------------------------------------------------------------------
 
 constexpr int ATTEND_THREADS = 128, ATTEND_ROWS = 64;

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 from shipped import graph_of
+from test_attention import attention_graph
 
 from psigraph.codegen import digits, profile
 from psigraph.codegen.cache_types import CACHE_TYPES
@@ -102,6 +103,14 @@ def test_products_of_a_model_fill_their_places(size, quant):
         assert launch.shared_bytes == target.place_bytes(layer[number % 4], attention), launch.kernel
         assert launch.block <= 384, launch.kernel
     assert products[-1].shared_bytes == target.place_bytes("last", attention)
+
+
+def test_an_attention_larger_than_what_is_left_leaves_products_a_place():
+    target = TARGETS["sm_90a"]
+    graph = attention_graph(256, 16, 1, 64)
+    places = step_places([node for node in graph.nodes if not is_view(node)], PRODUCTS, ATTENTION_OPS, target)
+    assert places.attention_stages == 2
+    assert all(target.place_bytes(place, places.attention_bytes) >= 16 * 1024 for place in PLACES)
 
 
 def test_places_follow_attention_where_fusions_are_off():

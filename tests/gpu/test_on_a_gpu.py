@@ -105,7 +105,7 @@ def test_a_prompt_by_chunks_is_one_token_by_token(quant: str, prefill: str) -> N
 @pytest.mark.parametrize("kv_type", ["f16", "q8"])
 @pytest.mark.parametrize(
     ("head_dim", "heads", "kv_heads"),
-    [(16, 16, 2), (48, 16, 2), (64, 4, 2), (80, 16, 4), (96, 8, 4), (128, 6, 2), (256, 2, 1)],
+    [(16, 16, 2), (48, 16, 2), (48, 16, 8), (64, 4, 2), (80, 16, 4), (96, 8, 4), (128, 6, 2), (256, 2, 1)],
 )
 def test_heads_of_other_sizes(head_dim: int, heads: int, kv_heads: int, kv_type: str, tmp_path: Path) -> None:
     """Sizes whose rows are no whole 128 bytes, groups that are no power of two; a warp with one tile, two, three."""
