@@ -95,6 +95,36 @@ def test_attention(kind, head_dim, group, kv_heads, sm_count, cluster):
                     assert all(same_bits(got[name], again[name]) for name in got), f"order {order} shows"
 
 
+def test_what_lies_in_shared_memory_before_decides_nothing():
+    """Columns of heads that a set lacks, and places behind a head's columns: no number there may change a bit.
+
+    The host target fills shared memory with NaN, which loses every comparison; here it holds numbers.
+    """
+    head_dim, group, context, position = 48, 2, 300, 290  # several tiles a warp, so that a maximum is compared
+    graph, target = attention_graph(head_dim, group, 1, context), target_of(1, 1)
+    program = lower(graph, target)
+    declared = "queries[SETS * 8][QUERY];"
+    numbers = "for (int i = threadIdx.x; i < SETS * 8 * QUERY; i += 128) queries[i / QUERY][i % QUERY] = 0x6000;"
+    filled = f"{declared}\n{numbers}\n__syncthreads();"
+    changed = tuple(replace(kernel, text=kernel.text.replace(declared, filled)) for kernel in program.kernels)
+    assert sum(kernel.text.count(filled) for kernel in changed) == 3  # attention, and the two fusions with it
+    generator = np.random.default_rng(1)
+    norms = {name: (1 + generator.standard_normal(head_dim) / 4).astype(np.float32) for name in ("q_norm", "k_norm")}
+    states = {
+        "q": generator.standard_normal(group * head_dim).astype(np.float32) * 3,
+        "k": generator.standard_normal(head_dim).astype(np.float32),
+        "v": generator.standard_normal(head_dim).astype(np.float32),
+        "position": np.array([position], np.int32),
+    }
+    for name in ("k_cache", "v_cache"):
+        states[name] = held("f16", generator.standard_normal((1, context, head_dim)), position)
+    found = []
+    for each in (program, replace(program, kernels=changed)):
+        with Step(graph, target, norms, program=each) as step:
+            found.append(step.run(states))
+    assert all(same_bits(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_a_head_too_wide_for_the_shared_memory_is_refused():
     graph = attention_graph(256, 16, 1, 64)
     with pytest.raises(UnsupportedModelError, match="head_dim 256 with 16 query heads a key/value head needs more"):
