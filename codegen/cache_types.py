@@ -69,7 +69,7 @@ def _half_stages(head_dim: int, keys: int) -> int:
 
 def _q8_stage(head_dim: int, keys: int) -> int:
     """One stage of halves, and the bytes that are widened into it."""
-    return keys * (2 * head_dim + 24) * 2 + 2 * keys * (head_dim + 2 * -(-head_dim // 32))
+    return _half_stages(head_dim, keys) // 2 + 2 * keys * (head_dim + 2 * -(-head_dim // 32))
 
 
 CACHE_TYPES: dict[str, CacheType] = {

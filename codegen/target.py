@@ -57,8 +57,9 @@ class Target:
         """The registers of a thread of a product, or 0 where nobody counts them.
 
         Two products and attention share a multiprocessor. Its registers belong to its four schedulers, and a block's
-        warps are dealt out to them: at most three of each product and one of attention to each. A third product, or a
-        second block of one, does not fit: every product has as many as its place says (`hold_registers`).
+        warps are dealt out to them evenly: two or three of each product (`LEAST_WARPS`) and one of attention to each.
+        However they are dealt, a third product, or a second block of one, does not fit: every product has as many as
+        its place says (`hold_registers`).
         """
         return REGISTERS_OF_PLACE[place] if self.places else 0
 
@@ -66,8 +67,8 @@ class Target:
     def attention_registers(self) -> int:
         """The most registers of a thread of attention, or 0 for no such bound.
 
-        It is what the product after it leaves with the one before it, or with the wide one. So there is no room for it
-        while the deep one of the layer before works: it starts behind that, early enough.
+        It is what the product after it leaves with the one before it, or with the wide one, if each gives a scheduler
+        three warps. Beside the deep one and the one before it there is room only where their warps are dealt well.
         """
         if not self.places:
             return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations, pairwise, product
 from typing import get_args
 
 import pytest
@@ -54,14 +55,24 @@ def test_what_has_to_stand_beside_each_other_fits(target, size):
 
 @pytest.mark.parametrize("target", WITH_PLACES, ids=lambda target: target.arch)
 def test_a_second_block_of_a_product_has_no_registers(target):
-    """On one scheduler, which has three warps of each product and one of attention."""
+    """Whichever two of the four schedulers get the third warps of a block of ten; and what shall fit always does."""
 
     def registers(*places: Place) -> int:
         return sum(SCHEDULER_WARPS * target.place_registers(place) for place in places)
 
-    for first, second in zip(PLACES, (*PLACES[1:4], "before attention"), strict=False):
+    def fullest(*places: Place) -> int:
+        """The registers of the fullest scheduler, where warps are dealt so that it has fewest."""
+        deals = [tuple(2 + (number in more) for number in range(4)) for more in combinations(range(4), 2)]
+        assert sum(deals[0]) == LEAST_WARPS
+        counts = [target.place_registers(place) for place in places]
+        return min(
+            max(sum(count * deal[number] for count, deal in zip(counts, dealt, strict=True)) for number in range(4))
+            for dealt in product(deals, repeat=len(places))
+        )
+
+    for first, second in (*pairwise(PLACES[:4]), ("deep", "before attention"), ("deep", "last")):
         assert registers(first, second) <= WARP_REGISTERS
-        assert registers(first, second, second) > WARP_REGISTERS
+        assert fullest(first, second, second) > WARP_REGISTERS
     attention = target.attention_registers
     assert registers("before attention", "after attention") + attention <= WARP_REGISTERS
     assert registers("after attention", "wide") + attention <= WARP_REGISTERS
