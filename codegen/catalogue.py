@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass
 
 from ..ir.ops import OPS
-from ..ir.program import HEADER_NAME
 from .weight_types import WEIGHT_TYPES
 
 VIEWS = ("split_heads", "merge_heads")
@@ -88,8 +87,7 @@ _NUMBER = re.compile(r"(?<![\w.])(?:0x[0-9a-fA-F]+|\d+(?:\.\d*)?(?:e[+-]?\d+)?f?
 
 def statements(text: str) -> frozenset[str]:
     """The lines of a kernel's text without numbers, comments and the kernel's own name."""
-    body = text.replace(f'#include "{HEADER_NAME}"\n', "")
-    body = re.sub(r"//[^\n]*", "", body)
-    body = re.sub(r"((?:__launch_bounds__|REGISTERS)\([\w, ]+\)) \w+\(", r"\1 KERNEL(", body)
+    body = re.sub(r"//[^\n]*", "", text)
+    body = re.sub(r"((?:THREADS|REGISTERS)\([\w, ]+\)) \w+\(", r"\1 KERNEL(", body)
     lines = (_NUMBER.sub("#", line).strip() for line in body.split("\n"))
     return frozenset(line for line in lines if line)

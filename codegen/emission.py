@@ -1,4 +1,4 @@
-"""What an emitter gets and gives: the lowering context and one kernel with its launch."""
+"""What an emitter gets and gives: the lowering context, and kernels with their launches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,25 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Emitted:
-    """One kernel and how to launch it. `body` follows the include line and header comment.
+class KernelSpec:
+    """One kernel and how to launch it: all of its text but its name.
 
-    entry is replaced for the word KERNEL in the body, once its text has a name.
+    stem        its name, up to a number.
+    includes    device headers that the text stands on.
+    threads, registers, parameters, body: see `writer.kernel_text`.
+    args        buffer names or 32-bit integers, one a parameter.
+    grid        blocks; cluster: how many of them reach each other's shared memory.
+    The other fields are those of `ir.program.Launch`; describe: a line about the shape, for the text's comment.
     """
 
     stem: str
+    includes: tuple[str, ...]
+    threads: int
+    parameters: tuple[str, ...]
+    args: tuple[str | int, ...]
     body: str
     grid: int
-    block: int
-    args: tuple[str | int, ...]
+    registers: int = 0
     shared_bytes: int = 0
     bytes_read: int = 0
     bytes_written: int = 0

@@ -26,16 +26,16 @@ from .attention_gather import gather
 from .attention_shape import WARPS, attention_shape
 from .attention_tiles import FETCH, FIRST_TILES, NEXT_LAYER, PREFETCH, attend
 from .cache_types import TILE
-from .emission import Context, Emitted
+from .emission import Context, KernelSpec
 from .target import RESERVED_BYTES
-from .writer import Writer, c_float, signature
+from .writer import Writer, c_float
 
 ATTENTION_OPS = ("rope_append", "rope_attention", "attention")
 
 THREADS = 32 * WARPS
 
 
-def emit_attention(node: Node, ctx: Context) -> Emitted:
+def emit_attention(node: Node, ctx: Context) -> KernelSpec:
     """The kernel of one of `ATTENTION_OPS`."""
     rotate = node.op != "attention"
     attends = node.op != "rope_append"
@@ -77,103 +77,105 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
         take("const u8* next_v", ctx.read(after.ins[6]))
 
     writer = Writer()
-    with writer.block(signature(THREADS, parameters, ctx.target.attention_registers)):
+    writer.lines(f"""
+        constexpr int HEAD_DIM = {head_dim}, SPLITS = {splits};  // blocks of a key/value head
+        constexpr int GROUP = {group};  // query heads that share a key/value head
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+        const int now = from_earlier_step(position);
+    """)
+    if attends:
         writer.lines(f"""
-            constexpr int HEAD_DIM = {head_dim}, SPLITS = {splits};  // blocks of a key/value head
-            constexpr int GROUP = {group};  // query heads that share a key/value head
-            const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-            const int now = from_earlier_step(position);
+            constexpr int WARPS = {WARPS}, TILE = {TILE};  // positions
+            constexpr int SLOTS = WARPS * SPLITS, WARP_BYTES = {shape.warp_bytes(stages)};
+            constexpr int STAGES = {stages};  // of the warp's ring
+            const int tiles = now / TILE + 1;
         """)
-        if attends:
-            writer.lines(f"""
-                constexpr int WARPS = {WARPS}, TILE = {TILE};  // positions
-                constexpr int SLOTS = WARPS * SPLITS, WARP_BYTES = {shape.warp_bytes(stages)};
-                constexpr int STAGES = {stages};  // of the warp's ring
-                const int tiles = now / TILE + 1;
-            """)
-        writer.line("const int kv_head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;")
-        writer.line(held.typedef(head_dim))
-        writer.line("const u64 head_start = kv_head * Cache::head_bytes(context);")
-        if attends:
-            writer.lines("""
-                const int place = warp * SPLITS + split, busy = tiles < SLOTS ? tiles : SLOTS;  // warps that have tiles
-                const bool owner = (busy - 1) % SPLITS == split;  // this block has the tile of the new position
-                // This warp's tiles: from `first`, before `last`. The last place never has one more than others.
-                auto start = [&](int which) {
-                    if (tiles < SLOTS) return which < tiles ? which : tiles;
-                    return (which * tiles + SLOTS - 1) / SLOTS;
-                };
-                const int first = start(place), last = start(place + 1);
-                constexpr int SETS = (GROUP + 3) / 4;  // of four query heads, of each its high and its low halves
-                constexpr int QUERY = (HEAD_DIM + 31) / 64 * 64 + 32;  // whole 32 columns, rows in banks of their own
-                __shared__ __align__(16) u16 queries[SETS * 8][QUERY];
-            """)
-        else:
-            writer.line("const bool owner = true;")
+    writer.line("const int kv_head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;")
+    writer.line(held.typedef(head_dim))
+    writer.line("const u64 head_start = kv_head * Cache::head_bytes(context);")
+    if attends:
+        writer.lines("""
+            const int place = warp * SPLITS + split, busy = tiles < SLOTS ? tiles : SLOTS;  // warps that have tiles
+            const bool owner = (busy - 1) % SPLITS == split;  // this block has the tile of the new position
+            // This warp's tiles: from `first`, before `last`. The last place never has one more than others.
+            auto start = [&](int which) {
+                if (tiles < SLOTS) return which < tiles ? which : tiles;
+                return (which * tiles + SLOTS - 1) / SLOTS;
+            };
+            const int first = start(place), last = start(place + 1);
+            constexpr int SETS = (GROUP + 3) / 4;  // of four query heads, of each its high and its low halves
+            constexpr int QUERY = (HEAD_DIM + 31) / 64 * 64 + 32;  // whole 32 columns, rows in banks of their own
+            __shared__ __align__(16) u16 queries[SETS * 8][QUERY];
+        """)
+    else:
+        writer.line("const bool owner = true;")
+    if rotate:
+        writer.lines("""
+            __shared__ Cache::Row new_key, new_value;
+            __shared__ float2 turn[HEAD_DIM / 2];  // cosine and sine of this position
+            __shared__ float norm_weights[2][HEAD_DIM];
+        """)
+    if attends:
+        _memory(writer, clusters, mine, shape.touched)
+        writer.lines(FETCH.replace("SEEN", "now" if rotate else "now + 1"))
         if rotate:
-            writer.lines("""
-                __shared__ Cache::Row new_key, new_value;
-                __shared__ float2 turn[HEAD_DIM / 2];  // cosine and sine of this position
-                __shared__ float norm_weights[2][HEAD_DIM];
-            """)
-        if attends:
-            _memory(writer, clusters, mine, shape.touched)
-            writer.lines(FETCH.replace("SEEN", "now" if rotate else "now + 1"))
-            if rotate:
-                writer.line("// Keys and values of earlier positions were written by earlier steps: no need to wait.")
-                writer.lines(FIRST_TILES)
-            if ahead:
-                writer.lines(PREFETCH)
-        writer.line("let_next_kernel_start();")
-        _keep(writer, attends, group)
-        if rotate:
-            writer.lines(f"""
-                for (int i = threadIdx.x; i < HEAD_DIM; i += {THREADS}) {{
-                    norm_weights[0][i] = q_norm[i];
-                    norm_weights[1][i] = k_norm[i];
-                    if (i < HEAD_DIM / 2) turn[i] = rope[(u64)now * (HEAD_DIM / 2) + i];
-                }}
-                __syncthreads();
-            """)
-        if clusters:
-            writer.lines("""
-                __shared__ u64 all_sent;
-                if (threadIdx.x == 0) expect_bytes(&all_sent, busy * (MINE * 4 + (LAST - FIRST + 1) * 8));
-                cluster_barrier();  // all blocks have started: their shared memory may be written
-            """)
-        scale = float(node.attr("scale")) * math.log2(math.e) if attends else 1.0  # type: ignore[arg-type]
-        writer.line("wait_for_previous_kernel();")
-        if attends and not clusters:
-            writer.line("if (split >= tiles) return;")
-        if rotate:
-            _rotate(writer, scale, float(node.attr("eps")))  # type: ignore[arg-type]
-        else:
+            writer.line("// Keys and values of earlier positions were written by earlier steps: no need to wait.")
             writer.lines(FIRST_TILES)
-            writer.lines(f"""
-                for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {THREADS})
-                    keep(i / HEAD_DIM, i % HEAD_DIM, fresh(q + kv_head * GROUP * HEAD_DIM + i) * {c_float(scale)});
-            """)
-        if attends:
-            writer.line("__syncthreads();")
-            attend(writer, rotate=rotate, ahead=ahead)
-            gather(
-                writer,
-                threads=THREADS,
-                mine=mine,
-                clusters=clusters,
-                quantized=quantized,
-                size=shape.heads * head_dim,
-                meanwhile=NEXT_LAYER if ahead else "",
-            )
+        if ahead:
+            writer.lines(PREFETCH)
+    writer.line("let_next_kernel_start();")
+    _keep(writer, attends, group)
+    if rotate:
+        writer.lines(f"""
+            for (int i = threadIdx.x; i < HEAD_DIM; i += {THREADS}) {{
+                norm_weights[0][i] = q_norm[i];
+                norm_weights[1][i] = k_norm[i];
+                if (i < HEAD_DIM / 2) turn[i] = rope[(u64)now * (HEAD_DIM / 2) + i];
+            }}
+            __syncthreads();
+        """)
+    if clusters:
+        writer.lines("""
+            __shared__ u64 all_sent;
+            if (threadIdx.x == 0) expect_bytes(&all_sent, busy * (MINE * 4 + (LAST - FIRST + 1) * 8));
+            cluster_barrier();  // all blocks have started: their shared memory may be written
+        """)
+    scale = float(node.attr("scale")) * math.log2(math.e) if attends else 1.0  # type: ignore[arg-type]
+    writer.line("wait_for_previous_kernel(stamps);")
+    if attends and not clusters:
+        writer.line("if (split >= tiles) return;")
+    if rotate:
+        _rotate(writer, scale, float(node.attr("eps")))  # type: ignore[arg-type]
+    else:
+        writer.lines(FIRST_TILES)
+        writer.lines(f"""
+            for (int i = threadIdx.x; i < GROUP * HEAD_DIM; i += {THREADS})
+                keep(i / HEAD_DIM, i % HEAD_DIM, fresh(q + kv_head * GROUP * HEAD_DIM + i) * {c_float(scale)});
+        """)
+    if attends:
+        writer.line("__syncthreads();")
+        attend(writer, rotate=rotate, ahead=ahead)
+        gather(
+            writer,
+            threads=THREADS,
+            mine=mine,
+            clusters=clusters,
+            quantized=quantized,
+            size=shape.heads * head_dim,
+            meanwhile=NEXT_LAYER if ahead else "",
+        )
     if attends and shape.block_bytes(stages) - RESERVED_BYTES > ctx.target.shared_bytes:
         what = f"head_dim {head_dim} with {group} query heads a key/value head"
         raise UnsupportedModelError(f"{what} needs more shared memory than {ctx.target.arch} has")
-    return Emitted(
+    return KernelSpec(
         stem=node.op,
+        includes=("cache.cuh", "cluster.cuh", "quant.cuh"),
+        threads=THREADS,
+        registers=ctx.target.attention_registers,
+        parameters=tuple(parameters),
+        args=tuple(args),
         body=writer.text(),
         grid=kv_heads * splits,
-        block=THREADS,
-        args=tuple(args),
         shared_bytes=shape.dynamic_bytes(stages) if attends else 0,
         cluster=splits if clusters else 1,
         cache_bytes_per_position=2 * kv_heads * held.position_bytes(head_dim) if attends else 0,
@@ -183,7 +185,7 @@ def emit_attention(node: Node, ctx: Context) -> Emitted:
 
 def _memory(writer: Writer, clusters: bool, mine: int, touched: int) -> None:
     writer.lines("""
-        extern __shared__ __align__(128) u8 shared_memory[];
+        DYNAMIC_SHARED(shared_memory);
         u8* const ring = shared_memory + warp * WARP_BYTES;
     """)
     if clusters:

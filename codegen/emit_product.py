@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from ..ir.graph import Node
 from .digits import block_copy
-from .emission import Context, Emitted
+from .emission import Context, KernelSpec
 from .product import Product
 from .product_epilogues import EARLY_NUMBERS, EPILOGUES, Epilogue
 from .shapes import product_shape
 from .weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
-from .writer import Writer, c_float, signature
+from .writer import Writer, c_float
 
 PRODUCTS = tuple(EPILOGUES)
 
 _SOURCE = "source = {pointer} + ((u64){tile} * SUPERBLOCKS + from) * {struct}::BYTES; bytes = many * {struct}::BYTES;"
 
 
-def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = None) -> Emitted:
+def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = None) -> KernelSpec:
     """The kernel of a product node (see `PRODUCTS`)."""
     scaled = node.op.startswith("scaled_")
     swiglu = node.op.endswith("swiglu")
@@ -75,12 +75,15 @@ def emit_product(node: Node, ctx: Context, overrides: dict[str, int] | None = No
     epilogue = EPILOGUES[node.op](product)
     text = _text(product, epilogue)
     bytes_read = sum(row.file_bytes(*weight.type.shape) for row, weight in zip(types, weights, strict=True))
-    return Emitted(
+    return KernelSpec(
         stem=node.op,
+        includes=("quant.cuh", "ring.cuh"),
+        threads=product.threads,
+        registers=product.registers,
+        parameters=tuple(product.parameters),
+        args=tuple(product.args),
         body=text,
         grid=product.launched,
-        block=product.threads,
-        args=tuple(product.args),
         shared_bytes=max(product.shared.total, place),
         bytes_read=bytes_read,
         describe=f"{shape.column_warps} warps share the columns, {shape.tile_warps} take turns with the tiles, "
@@ -104,79 +107,78 @@ def _text(product: Product, epilogue: Epilogue) -> str:
         else "block_tiles > tile_warp ? (block_tiles - 1 - tile_warp) / TILE_WARPS + 1 : 0"
     )
     idle = product.launched > shape.grid  # blocks that only hold their place
-    with writer.block(signature(product.threads, product.parameters, product.registers)):
-        if product.registers:
-            writer.line(f"hold_registers<{product.registers - 6}>();")
-        writer.lines(f"""
-            constexpr int COLUMN_WARPS = {shape.column_warps}, TILE_WARPS = {shape.tile_warps}, WARPS = {shape.warps};
-            constexpr int DEPTH = {shape.depth};
-            constexpr int SUPERBLOCKS = {product.superblocks}, STEPS = {product.slice};  // of a row; stages of a tile
-            constexpr int STAGE = COLUMN_WARPS * {product.widest};  // bytes: a superblock for each warp of a team
-            constexpr int GRID = {shape.grid}, UNITS = {product.units}, TILES_PER_UNIT = {product.tiles_per_unit};
-            constexpr int ROWS = {product.tiles_per_block * 16};  // of a block
-            extern __shared__ __align__(128) u8 shared_memory[];
-            const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;  // WARPS runs errands, the next one fills rings
-            const int column_warp = warp % COLUMN_WARPS, tile_warp = warp / COLUMN_WARPS;
-            u64* const barriers = (u64*)(shared_memory + {shared.barriers});  // of the ring of each team
-            float* partial = (float*)(shared_memory + {shared.partial});  // [column warp][row of the block]
-        """)
-        if not product.integer:
-            writer.line(f"float* values = (float*)(shared_memory + {shared.activations});  // the activations")
+    if product.registers:
+        writer.line(f"hold_registers<{product.registers - 6}>();")
+    writer.lines(f"""
+        constexpr int COLUMN_WARPS = {shape.column_warps}, TILE_WARPS = {shape.tile_warps}, WARPS = {shape.warps};
+        constexpr int DEPTH = {shape.depth};
+        constexpr int SUPERBLOCKS = {product.superblocks}, STEPS = {product.slice};  // of a row; stages of a tile
+        constexpr int STAGE = COLUMN_WARPS * {product.widest};  // bytes: a superblock for each warp of a team
+        constexpr int GRID = {shape.grid}, UNITS = {product.units}, TILES_PER_UNIT = {product.tiles_per_unit};
+        constexpr int ROWS = {product.tiles_per_block * 16};  // of a block
+        DYNAMIC_SHARED(shared_memory);
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;  // WARPS runs errands, the next one fills rings
+        const int column_warp = warp % COLUMN_WARPS, tile_warp = warp / COLUMN_WARPS;
+        u64* const barriers = (u64*)(shared_memory + {shared.barriers});  // of the ring of each team
+        float* partial = (float*)(shared_memory + {shared.partial});  // [column warp][row of the block]
+    """)
+    if not product.integer:
+        writer.line(f"float* values = (float*)(shared_memory + {shared.activations});  // the activations")
+    if product.factor:
+        writer.line("__shared__ float shared_factor;")
+    writer.lines(f"""
+        // Tile number i of this block; the units of a block are GRID apart.
+        {block_tiles}
+        auto items_of = [&](int tile_warp) {{ return {items}; }};
+    """)
+    writer.line()
+    writer.line("// 1. Weights depend on no other kernel.")
+    writer.line("let_next_kernel_start();")
+    writer.line("typedef Ring<DEPTH, COLUMN_WARPS> TeamRing;")
+    refill = ""
+    if product.loads_ahead:
+        refill = _load_ahead(product, writer, idle)
+    else:
+        _fetch(product, writer)
+    epilogue.before_wait(writer)
+    if product.integer:
+        writer.line(f"const u8* const my_x = {block_copy('x', product.columns)};")
+        writer.line("const uint4* my_digits = ready(first_words(my_x, column_warp, lane));")
+        writer.line("const float4* my_factors = ready(first_factors(my_x, column_warp, lane));")
+    writer.lines("""
+        // 2. The activations depend on the kernel before.
+        wait_for_previous_kernel(stamps);
+    """)
+    if idle:
+        writer.line("if (blockIdx.x >= GRID) return;")
+    if not product.integer:
+        readers = product.shape.threads + 32  # not the warp that fills the ring: it may wait for the others
+        with writer.block(f"for (int i = threadIdx.x; i < SUPERBLOCKS * 256; i += {readers})"):
+            writer.line(f"if (warp <= WARPS) values[i] = i < {product.columns} ? fresh(x + i) : 0.0f;")
+        writer.line(f"if (warp <= WARPS) first_threads_barrier({readers});")
+    with writer.block("if (warp == WARPS)"):
         if product.factor:
-            writer.line("__shared__ float shared_factor;")
-        writer.lines(f"""
-            // Tile number i of this block; the units of a block are GRID apart.
-            {block_tiles}
-            auto items_of = [&](int tile_warp) {{ return {items}; }};
-        """)
-        writer.line()
-        writer.line("// 1. Weights depend on no other kernel.")
-        writer.line("let_next_kernel_start();")
-        writer.line("typedef Ring<DEPTH, COLUMN_WARPS> TeamRing;")
-        refill = ""
-        if product.loads_ahead:
-            refill = _load_ahead(product, writer, idle)
-        else:
-            _fetch(product, writer)
-        epilogue.before_wait(writer)
-        if product.integer:
-            writer.line(f"const u8* const my_x = {block_copy('x', product.columns)};")
-            writer.line("const uint4* my_digits = ready(first_words(my_x, column_warp, lane));")
-            writer.line("const float4* my_factors = ready(first_factors(my_x, column_warp, lane));")
-        writer.lines("""
-            // 2. The activations depend on the kernel before.
-            wait_for_previous_kernel();
-        """)
-        if idle:
-            writer.line("if (blockIdx.x >= GRID) return;")
-        if not product.integer:
-            readers = product.shape.threads + 32  # not the warp that fills the ring: it may wait for the others
-            with writer.block(f"for (int i = threadIdx.x; i < SUPERBLOCKS * 256; i += {readers})"):
-                writer.line(f"if (warp <= WARPS) values[i] = i < {product.columns} ? fresh(x + i) : 0.0f;")
-            writer.line(f"if (warp <= WARPS) first_threads_barrier({readers});")
-        with writer.block("if (warp == WARPS)"):
-            if product.factor:
-                f = product.factor
-                arguments = f"{f.parts}, {c_float(1.0 / f.size)}, {c_float(f.eps)}, lane"
-                writer.line(f"float factor = factor_from_parts<{-(-f.parts // 32)}>(square_sums, {arguments});")
-                writer.line("if (lane == 0) shared_factor = factor;")
-            epilogue.after_wait(writer)
-        with writer.block("else if (warp < WARPS)" if product.loads_ahead else "else"):
-            _tiles(product, writer)
-        if refill:
-            with writer.block("else"):
-                writer.lines(refill)
-        writer.line("__syncthreads();")
-        writer.line()
-        writer.line("// 4. One thread a row.")
-        if product.factor:
-            writer.line("const float factor = shared_factor;")
-        with writer.block("auto row_sum = [&](int row)", "};"):
-            writer.line("float sum = 0.0f;")
-            writer.line("#pragma unroll")
-            writer.line("for (int w = 0; w < COLUMN_WARPS; w++) sum += partial[w * ROWS + row];")
-            writer.line("return sum * factor;" if product.factor else "return sum;")
-        epilogue.write(writer)
+            f = product.factor
+            arguments = f"{f.parts}, {c_float(1.0 / f.size)}, {c_float(f.eps)}, lane"
+            writer.line(f"float factor = factor_from_parts<{-(-f.parts // 32)}>(square_sums, {arguments});")
+            writer.line("if (lane == 0) shared_factor = factor;")
+        epilogue.after_wait(writer)
+    with writer.block("else if (warp < WARPS)" if product.loads_ahead else "else"):
+        _tiles(product, writer)
+    if refill:
+        with writer.block("else"):
+            writer.lines(refill)
+    writer.line("__syncthreads();")
+    writer.line()
+    writer.line("// 4. One thread a row.")
+    if product.factor:
+        writer.line("const float factor = shared_factor;")
+    with writer.block("auto row_sum = [&](int row)", "};"):
+        writer.line("float sum = 0.0f;")
+        writer.line("#pragma unroll")
+        writer.line("for (int w = 0; w < COLUMN_WARPS; w++) sum += partial[w * ROWS + row];")
+        writer.line("return sum * factor;" if product.factor else "return sum;")
+    epilogue.write(writer)
     return writer.text()
 
 

@@ -6,27 +6,30 @@ from collections.abc import Callable, Mapping
 
 from ..ir.graph import Node
 from ..ir.sampling import PEAK_SPAN
-from .device import sampling_header
-from .emission import Context, Emitted
+from .emission import Context, KernelSpec
 
 _TALLY_BYTES = 8 + 3 * PEAK_SPAN * 8  # `struct Tally` of psigraph_sampling.cuh
 
 
-def _kernel(node: Node, grid: int, parameters: Mapping[str, str | int], statements: str, written: int) -> Emitted:
+def _kernel(node: Node, grid: int, parameters: Mapping[str, str | int], statements: str, written: int) -> KernelSpec:
     """Blocks of PEAK_SPAN threads. parameters: declaration -> argument; written: bytes."""
-    body = (
-        sampling_header()
-        + f'\nextern "C" __global__ void __launch_bounds__({PEAK_SPAN}) KERNEL({", ".join(parameters)}) {{\n'
-        + f"    let_next_kernel_start();\n{statements}}}\n"
+    return KernelSpec(
+        stem=node.op,
+        includes=("sampling.cuh",),
+        threads=PEAK_SPAN,
+        parameters=tuple(parameters),
+        args=tuple(parameters.values()),
+        body=f"let_next_kernel_start();\n{statements}",
+        grid=grid,
+        bytes_written=written,
     )
-    return Emitted(node.op, body, grid, PEAK_SPAN, tuple(parameters.values()), bytes_written=written)
 
 
 def _spans(size: int) -> int:
     return -(-size // PEAK_SPAN)
 
 
-def emit_adjust(node: Node, ctx: Context) -> Emitted:
+def emit_adjust(node: Node, ctx: Context) -> KernelSpec:
     """adjust: one thread a logit."""
     logits, token, history, sampler, position = node.ins
     size = logits.type.size
@@ -39,11 +42,11 @@ def emit_adjust(node: Node, ctx: Context) -> Emitted:
         "float* peaks": ctx.write(node.outs[1]),
         "int* history": ctx.in_place(node.outs[2], history),
     }
-    call = f"    adjust_span(logits, token, sampler, position, adjusted, peaks, history, {size});\n"
+    call = f"adjust_span(logits, token, sampler, position, adjusted, peaks, history, {size}, stamps);\n"
     return _kernel(node, _spans(size), parameters, call, written=4 * size)
 
 
-def emit_draw(node: Node, ctx: Context) -> Emitted:
+def emit_draw(node: Node, ctx: Context) -> KernelSpec:
     """draw, draw_choose: the last block to finish chooses."""
     logits, peaks, sampler = node.ins[:3]
     size = logits.type.size
@@ -67,15 +70,15 @@ def emit_draw(node: Node, ctx: Context) -> Emitted:
         "u64* list": ctx.scratch("candidates", 8 * size),
     }
     statements = (
-        "    int chosen;\n"
-        f"    if (draw_token<{size}>(logits, peaks, sampler, (const int*)position, tally, list, chosen)) {move}\n"
+        "int chosen;\n"
+        f"if (draw_token<{size}>(logits, peaks, sampler, (const int*)position, tally, list, chosen, stamps)) {move}\n"
     )
     # As many blocks as run at once, with as many spans each.
     turns = -(-_spans(size) // ctx.target.sm_count)
     return _kernel(node, -(-_spans(size) // turns), parameters, statements, written=0)
 
 
-SAMPLING_EMITTERS: dict[str, Callable[[Node, Context], Emitted]] = {
+SAMPLING_EMITTERS: dict[str, Callable[[Node, Context], KernelSpec]] = {
     "adjust": emit_adjust,
     "draw": emit_draw,
     "draw_choose": emit_draw,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ..ir.graph import Node, Value
 from .cache_types import CACHE_TYPES
 from .digits import store_digits
-from .emission import Context, Emitted
+from .emission import Context, KernelSpec
 from .small_kernel import SmallKernel
 from .weight_types import WEIGHT_TYPES, superblocks
 from .writer import c_float
@@ -41,7 +41,7 @@ class _Kernel(SmallKernel):
 
     def start(self) -> None:
         self.writer.line("let_next_kernel_start();")
-        self.writer.line("wait_for_previous_kernel();")
+        self.writer.line("wait_for_previous_kernel(stamps);")
 
 
 def _block_sum(kernel: _Kernel, value: str, result: str) -> None:
@@ -57,7 +57,7 @@ def _block_sum(kernel: _Kernel, value: str, result: str) -> None:
     """)
 
 
-def emit_embed(node: Node, ctx: Context) -> Emitted:
+def emit_embed(node: Node, ctx: Context) -> KernelSpec:
     """embed, embed_norm: one thread a column; each block leaves a partial sum of squares."""
     table = node.ins[0]
     row = WEIGHT_TYPES[table.type.dtype]
@@ -93,7 +93,7 @@ def emit_embed(node: Node, ctx: Context) -> Emitted:
     return kernel.done(blocks, bytes_read=columns // row.block_columns * row.block_bytes)
 
 
-def emit_rms_norm(node: Node, ctx: Context) -> Emitted:
+def emit_rms_norm(node: Node, ctx: Context) -> KernelSpec:
     """rms_norm over the last axis: one block a row."""
     x, out = node.ins[0].type, node.outs[0]
     width = x.shape[-1]
@@ -126,7 +126,7 @@ def emit_rms_norm(node: Node, ctx: Context) -> Emitted:
     return kernel.done(rows)
 
 
-def emit_rms_factor(node: Node, ctx: Context) -> Emitted:
+def emit_rms_factor(node: Node, ctx: Context) -> KernelSpec:
     """rms_factor: the sum of squares by one block; each reader finishes the factor."""
     size = node.ins[0].type.size
     kernel = _Kernel(node, ctx, ONE_BLOCK)
@@ -155,7 +155,7 @@ _ELEMENTWISE = {
 }
 
 
-def emit_elementwise(node: Node, ctx: Context) -> Emitted:
+def emit_elementwise(node: Node, ctx: Context) -> KernelSpec:
     """add, mul, swiglu, quantize, merge_heads into i8x2: one thread a value."""
     size = node.out.type.size
     blocks = -(-size // THREADS)
@@ -170,7 +170,7 @@ def emit_elementwise(node: Node, ctx: Context) -> Emitted:
     return kernel.done(blocks)
 
 
-def emit_rope(node: Node, ctx: Context) -> Emitted:
+def emit_rope(node: Node, ctx: Context) -> KernelSpec:
     """rope: one thread a pair."""
     heads, head_dim = node.out.type.shape
     pairs = heads * head_dim // 2
@@ -193,7 +193,7 @@ def emit_rope(node: Node, ctx: Context) -> Emitted:
     return kernel.done(-(-pairs // THREADS))
 
 
-def emit_cache_append(node: Node, ctx: Context) -> Emitted:
+def emit_cache_append(node: Node, ctx: Context) -> KernelSpec:
     """cache_append: the cache is changed in place."""
     kv_heads, _, head_dim = node.out.type.shape
     held = CACHE_TYPES[node.out.type.dtype]
@@ -217,7 +217,7 @@ def emit_cache_append(node: Node, ctx: Context) -> Emitted:
     return kernel.done(-(-kv_heads * 32 // THREADS))
 
 
-def emit_argmax(node: Node, ctx: Context) -> Emitted:
+def emit_argmax(node: Node, ctx: Context) -> KernelSpec:
     """argmax and choose: one block over the logits; choose also moves the state on."""
     size = node.ins[0].type.size
     kernel = _Kernel(node, ctx, ONE_BLOCK)
@@ -256,7 +256,7 @@ def emit_argmax(node: Node, ctx: Context) -> Emitted:
     return kernel.done(1)
 
 
-def _emit_state(node: Node, ctx: Context, declarations: tuple[str, ...], state: int, statement: str) -> Emitted:
+def _emit_state(node: Node, ctx: Context, declarations: tuple[str, ...], state: int, statement: str) -> KernelSpec:
     """A kernel of one thread that changes one state in place. `state`: which operand it is."""
     kernel = _Kernel(node, ctx, 32)
     for index, (declaration, value) in enumerate(zip(declarations, node.ins, strict=True)):
@@ -266,25 +266,25 @@ def _emit_state(node: Node, ctx: Context, declarations: tuple[str, ...], state: 
     return kernel.done(1)
 
 
-def emit_record(node: Node, ctx: Context) -> Emitted:
+def emit_record(node: Node, ctx: Context) -> KernelSpec:
     """record: the token at its place in the log."""
     declarations = ("int* log", "const int* token", "const int* position")
     return _emit_state(node, ctx, declarations, 0, "log[fresh(position)] = fresh(token);")
 
 
-def emit_stop_on(node: Node, ctx: Context) -> Emitted:
+def emit_stop_on(node: Node, ctx: Context) -> KernelSpec:
     """stop_on: set once an end token has come."""
     declarations = ("const int* token", "const int* end_tokens", "int* stop")
     statement = "for (int i = 0; i < 8; i++) if (end_tokens[i] == fresh(token)) *stop = 1;"
     return _emit_state(node, ctx, declarations, 2, statement)
 
 
-def emit_advance(node: Node, ctx: Context) -> Emitted:
+def emit_advance(node: Node, ctx: Context) -> KernelSpec:
     """advance: the next position."""
     return _emit_state(node, ctx, ("int* position",), 0, "*position = fresh((const int*)position) + 1;")
 
 
-VECTOR_EMITTERS: dict[str, Callable[[Node, Context], Emitted]] = {
+VECTOR_EMITTERS: dict[str, Callable[[Node, Context], KernelSpec]] = {
     "embed": emit_embed,
     "embed_norm": emit_embed,
     "rms_norm": emit_rms_norm,

@@ -8,9 +8,9 @@ from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, Node, Value
 from ..ir.program import Buffer, Program
 from .cache_types import CACHE_TYPES
-from .device import device_header
+from .device import device_headers
 from .digits import digit_bytes
-from .emission import Emitted, Factor
+from .emission import Factor, KernelSpec
 from .emit_attention import ATTENTION_OPS, emit_attention
 from .emit_product import PRODUCTS, emit_product
 from .emit_sampling import SAMPLING_EMITTERS
@@ -178,7 +178,7 @@ def lower(graph: Graph, target: Target, shapes: dict[str, dict[str, int]] | None
     kernel supports.
     """
     lowering = _Lowering(graph, target, shapes or {})
-    emitted: list[tuple[Node, Emitted]] = []
+    emitted: list[tuple[Node, KernelSpec]] = []
     for index, node in enumerate(graph.nodes):
         if is_view(node):
             lowering.where[node.out.name] = lowering.where[node.ins[0].name]
@@ -192,7 +192,7 @@ def lower(graph: Graph, target: Target, shapes: dict[str, dict[str, int]] | None
     return Program(
         name=graph.name,
         graph=graph,
-        header=device_header(),
+        headers=device_headers(),
         kernels=kernels,
         launches=launches,
         buffers=tuple(lowering.buffers.values()),
@@ -209,7 +209,7 @@ def product_class(node: Node) -> str:
     return node.op + "".join(f" {weight.type}" for weight in weights)
 
 
-def _emit(node: Node, lowering: _Lowering) -> Emitted:
+def _emit(node: Node, lowering: _Lowering) -> KernelSpec:
     if node.op in PRODUCTS:
         return emit_product(node, lowering, lowering.shapes.get(product_class(node)))
     if node.op in ATTENTION_OPS:

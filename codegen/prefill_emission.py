@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..ir.graph import Value
-from .device import prefill_header
 from .small_kernel import SmallKernel
 
 
@@ -52,6 +51,4 @@ class PrefillContext(Protocol):
 class PrefillKernel(SmallKernel):
     """A kernel of a prompt's chunk."""
 
-    def __init__(self, stem: str, threads: int) -> None:
-        super().__init__(stem, threads)
-        self.header = prefill_header() + "\n"
+    includes = ("many_rows.cuh",)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node
 from .cache_types import CACHE_TYPES
-from .emission import Emitted
+from .emission import KernelSpec
 from .prefill_emission import PrefillContext, PrefillKernel
 from .weight_types import WEIGHT_TYPES, superblocks
 from .writer import c_float
@@ -17,7 +17,7 @@ THREADS = 256
 ATTEND_THREADS, ATTEND_ROWS = 128, 64  # as in the header
 
 
-def emit_embed(node: Node, ctx: PrefillContext) -> Emitted:
+def emit_embed(node: Node, ctx: PrefillContext) -> KernelSpec:
     """embed: a block a token."""
     table = node.ins[0]
     row, columns = WEIGHT_TYPES[table.type.dtype], table.type.shape[1]
@@ -39,7 +39,7 @@ def emit_embed(node: Node, ctx: PrefillContext) -> Emitted:
     return kernel.done(ctx.tokens, bytes_read=ctx.tokens * (columns // row.block_columns) * row.block_bytes)
 
 
-def emit_rms_norm(node: Node, ctx: PrefillContext) -> Emitted:
+def emit_rms_norm(node: Node, ctx: PrefillContext) -> KernelSpec:
     """rms_norm of rows of the residual into halves: a block a token."""
     x, out = node.ins[0].type, node.out.type
     if len(x.shape) != 2 or out.dtype != "f16":
@@ -71,7 +71,7 @@ def emit_rms_norm(node: Node, ctx: PrefillContext) -> Emitted:
     return kernel.done(ctx.tokens)
 
 
-def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
+def emit_rope_append(node: Node, ctx: PrefillContext) -> KernelSpec:
     """rope_append: a warp a token and head; q as halves, k and v into their caches at the span's positions."""
     kv_heads, _, head_dim = node.ins[5].type.shape
     held = CACHE_TYPES[node.ins[5].type.dtype]
@@ -148,7 +148,7 @@ def emit_rope_append(node: Node, ctx: PrefillContext) -> Emitted:
     return kernel.done(blocks, describe="a warp a token and head")
 
 
-def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
+def emit_attention(node: Node, ctx: PrefillContext) -> KernelSpec:
     """attention: a block a key/value head and 64 pairs of token and query head; those with most keys first."""
     q, (kv_heads, _, head_dim) = node.ins[0], node.ins[1].type.shape
     heads = q.type.shape[1]
@@ -169,7 +169,7 @@ def emit_attention(node: Node, ctx: PrefillContext) -> Emitted:
     kernel.take("int context", ctx.ctx)
     scale = float(node.attr("scale")) * math.log2(math.e)  # type: ignore[arg-type]
     kernel.writer.lines(f"""
-        extern __shared__ __align__(128) u8 shared_memory[];
+        DYNAMIC_SHARED(shared_memory);
         const int kv_head = blockIdx.x % {kv_heads}, block = {blocks - 1} - (int)blockIdx.x / {kv_heads};
         attend_block<{head_dim}, {group}, {held.chunk_tiles}>(
             q, k_cache, v_cache, y, {source.stride}, {y.stride}, span[0], span[1], context, kv_head, block,
@@ -186,7 +186,7 @@ def _check_head(head_dim: int) -> None:
         raise UnsupportedModelError(f"head_dim {head_dim}: kernels support powers of two from 16 to 256")
 
 
-def emit_record(node: Node, ctx: PrefillContext) -> Emitted:
+def emit_record(node: Node, ctx: PrefillContext) -> KernelSpec:
     """record: the tokens at the span's positions."""
     kernel = PrefillKernel("prefill_record", THREADS)
     kernel.take("int* log", ctx.in_place(node.out, node.ins[0]))
@@ -197,7 +197,7 @@ def emit_record(node: Node, ctx: PrefillContext) -> Emitted:
     return kernel.done(-(-ctx.tokens // THREADS))
 
 
-def emit_advance(node: Node, ctx: PrefillContext) -> Emitted:
+def emit_advance(node: Node, ctx: PrefillContext) -> KernelSpec:
     """advance: the position behind the span."""
     kernel = PrefillKernel("prefill_advance", 32)
     kernel.take("const int* span", "span")
@@ -206,7 +206,7 @@ def emit_advance(node: Node, ctx: PrefillContext) -> Emitted:
     return kernel.done(1)
 
 
-PREFILL_EMITTERS: dict[str, Callable[[Node, PrefillContext], Emitted]] = {
+PREFILL_EMITTERS: dict[str, Callable[[Node, PrefillContext], KernelSpec]] = {
     "embed": emit_embed,
     "rms_norm": emit_rms_norm,
     "rope_append": emit_rope_append,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, Node, Value
 from ..ir.program import Buffer, Program
-from .device import device_header
-from .emission import Emitted
+from .device import device_headers
+from .emission import KernelSpec
 from .lower import param_buffer
 from .prefill_emission import Place
 from .prefill_kernels import PREFILL_EMITTERS
@@ -113,7 +113,7 @@ def lower_prefill(graph: Graph, target: Target, library: bool = False) -> Progra
     """
     # Every graph over a sequence begins with something that has a row a token.
     lowering = _Lowering(graph, graph.nodes[0].outs[0].type.shape[0], library)
-    pieces: list[tuple[Node, Emitted]] = []
+    pieces: list[tuple[Node, KernelSpec]] = []
     for index, node in enumerate(graph.nodes):
         if node.op == "merge_heads" and node.out.type.dtype == node.ins[0].type.dtype == "f16":
             lowering.view(node)
@@ -128,7 +128,7 @@ def lower_prefill(graph: Graph, target: Target, library: bool = False) -> Progra
     return Program(
         name=f"{graph.name}_prefill",
         graph=graph,
-        header=device_header(),
+        headers=device_headers(),
         kernels=kernels,
         launches=launches,
         buffers=tuple(lowering.buffers.values()),

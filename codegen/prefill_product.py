@@ -11,7 +11,7 @@ from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Node, Value
 from ..ir.program import LIBRARY_PRODUCT
 from ..ir.verify import product_weights
-from .emission import Emitted
+from .emission import KernelSpec
 from .prefill_emission import Place, PrefillContext, PrefillKernel
 from .weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
 
@@ -25,7 +25,7 @@ SWIGLU_UP = 4
 """What SwiGLU makes is stored times 2^-4: a model's largest activations are found there, and halves end at 65,504."""
 
 
-def emit_prefill_product(node: Node, ctx: PrefillContext) -> list[Emitted]:
+def emit_prefill_product(node: Node, ctx: PrefillContext) -> list[KernelSpec]:
     """The launches of one of `PREFILL_PRODUCTS`."""
     x = node.ins[0]
     if x.type.dtype != "f16":
@@ -35,7 +35,7 @@ def emit_prefill_product(node: Node, ctx: PrefillContext) -> list[Emitted]:
     return (_by_library if ctx.library else _by_kernel)(node, ctx, ctx.place(x), product_weights(node))
 
 
-def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, ...]) -> list[Emitted]:
+def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, ...]) -> list[KernelSpec]:
     types = [WEIGHT_TYPES[weight.type.dtype] for weight in weights]
     columns = weights[0].type.shape[1]
     rows = [weight.type.shape[0] for weight in weights]
@@ -56,7 +56,7 @@ def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, 
     writer = kernel.writer
     writer.lines(f"""
         constexpr int SUPERBLOCKS = {superblocks(columns)}, TOKEN_BLOCKS = {token_blocks};
-        extern __shared__ __align__(128) u8 shared_memory[];
+        DYNAMIC_SHARED(shared_memory);
         const int count = span[1], first_token = blockIdx.x % TOKEN_BLOCKS * BLOCK_TOKENS;
         if (first_token >= count) return;
         int block = blockIdx.x / TOKEN_BLOCKS;
@@ -118,7 +118,7 @@ def _by_kernel(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, 
     return [kernel.done(sum(blocks) * token_blocks, SHARED_BYTES, read, describe)]
 
 
-def _by_library(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, ...]) -> list[Emitted]:
+def _by_library(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value, ...]) -> list[KernelSpec]:
     columns = padded_columns(weights[0].type.shape[1])
     rows = sum(weight.type.shape[0] for weight in weights)
     halves = ctx.scratch("halves", rows * columns * 2)
@@ -151,11 +151,11 @@ def _by_library(node: Node, ctx: PrefillContext, x: Place, weights: tuple[Value,
     return [*launches, _library_call(halves, x, old, y.buffer, rows, ctx.tokens, columns, add)]
 
 
-def _library_call(w: str, x: Place, c: str, y: str, rows: int, tokens: int, columns: int, add: bool) -> Emitted:
-    return Emitted(LIBRARY_PRODUCT, "", 1, 1, (w, x.buffer, c, y, rows, tokens, columns, int(add), x.up))
+def _library_call(w: str, x: Place, c: str, y: str, rows: int, tokens: int, columns: int, add: bool) -> KernelSpec:
+    return KernelSpec(LIBRARY_PRODUCT, (), 1, (), (w, x.buffer, c, y, rows, tokens, columns, int(add), x.up), "", 1)
 
 
-def _swiglu(both: str, y: Place, rows: int, tokens: int) -> Emitted:
+def _swiglu(both: str, y: Place, rows: int, tokens: int) -> KernelSpec:
     kernel = PrefillKernel("prefill_swiglu", 256)
     kernel.take("const float* both", both)
     kernel.take("const int* span", "span")

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from ..ir.program import HEADER_NAME, Kernel
-from .device import repack_header
+from ..ir.program import Kernel
 from .weight_types import WEIGHT_TYPES, superblocks, tiles
+from .writer import kernel_text
 
 REPACK_THREADS = 128
 
 
 def repack_kernel(dtype: str) -> Kernel:
-    """repack_<dtype>(file, tiles, rows, columns): see `psigraph_repack.cuh` and `packing`."""
+    """repack_<dtype>(file, tiles, rows, columns): see `device/repack.cuh` and `packing`."""
     row = WEIGHT_TYPES[dtype]
     name = f"repack_{dtype}"
-    text = (
-        f'#include "{HEADER_NAME}"\n'
-        f"// {name}: a {dtype} matrix as the file has it -> tiles; {REPACK_THREADS} threads, a block a superblock\n"
-        + repack_header()
-        + f'\nextern "C" __global__ void __launch_bounds__({REPACK_THREADS}) {name}'
-        + "(const u8* file, u8* tiles, int rows, int columns) {\n"
-        + f"    repack<File{row.struct}, {row.superblock_bytes}>(file, tiles, rows, columns);\n}}\n"
+    text = kernel_text(
+        name,
+        REPACK_THREADS,
+        ("const u8* file", "u8* tiles", "int rows", "int columns"),
+        f"repack<File{row.struct}, {row.superblock_bytes}>(file, tiles, rows, columns);\n",
+        includes=("repack.cuh",),
+        comment=(
+            f"{name}: a {dtype} matrix as the file has it -> tiles; {REPACK_THREADS} threads, a block a superblock",
+        ),
     )
     return Kernel(name, text)
 

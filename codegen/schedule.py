@@ -1,4 +1,4 @@
-"""Emitted pieces -> kernels and launches: equal texts become one kernel, and the pieces' order is the launches'."""
+"""Pieces -> kernels and launches: equal texts become one kernel, and the pieces' order is the launches'."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..ir.graph import Node, layer_of
-from ..ir.program import HEADER_NAME, LIBRARY_PRODUCT, Kernel, Launch
+from ..ir.program import LIBRARY_PRODUCT, Kernel, Launch
 from ..ir.text import print_node
-from .emission import Emitted
+from .emission import KernelSpec
+from .writer import kernel_text
 
 
 def scheduled(
-    emitted: Sequence[tuple[Node, Emitted]], programmatic: bool = False
+    emitted: Sequence[tuple[Node, KernelSpec]], programmatic: bool = False
 ) -> tuple[tuple[Kernel, ...], tuple[Launch, ...]]:
     """Kernels, and a launch a piece. programmatic: every launch but the first lets its successor start early."""
     kernels, names = _name_kernels(emitted)
@@ -22,7 +23,7 @@ def scheduled(
             nodes=tuple(out.name for out in node.outs),
             args=item.args,
             grid=item.grid,
-            block=item.block,
+            block=item.threads,
             shared_bytes=item.shared_bytes,
             programmatic=programmatic and position > 0,
             cluster=item.cluster,
@@ -36,32 +37,42 @@ def scheduled(
     return kernels, launches
 
 
-def _name_kernels(emitted: Sequence[tuple[Node, Emitted]]) -> tuple[tuple[Kernel, ...], list[str]]:
+def _name_kernels(emitted: Sequence[tuple[Node, KernelSpec]]) -> tuple[tuple[Kernel, ...], list[str]]:
     """Equal texts become one kernel; its comment shows the first node and counts the others."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for position, (_, item) in enumerate(emitted):
-        if item.stem != LIBRARY_PRODUCT:
-            groups.setdefault((item.body, item.block), []).append(position)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for position, (_, spec) in enumerate(emitted):
+        if spec.stem != LIBRARY_PRODUCT:
+            groups.setdefault((spec.stem, spec.parameters, spec.body, spec.threads, spec.registers), []).append(
+                position
+            )
     stems: dict[str, int] = {}
     names = [LIBRARY_PRODUCT] * len(emitted)
     kernels = []
-    for (body, _), positions in groups.items():
-        node, item = emitted[positions[0]]
-        stems[item.stem] = stems.get(item.stem, 0) + 1
-        name = item.stem if stems[item.stem] == 1 else f"{item.stem}_{stems[item.stem]}"
+    for positions in groups.values():
+        node, spec = emitted[positions[0]]
+        stems[spec.stem] = stems.get(spec.stem, 0) + 1
+        name = spec.stem if stems[spec.stem] == 1 else f"{spec.stem}_{stems[spec.stem]}"
         for position in positions:
             names[position] = name
-        text = body.replace("KERNEL(", f"{name}(", 1)
-        kernels.append(Kernel(name, _comment(name, node, item, len(positions)) + text))
+        text = kernel_text(
+            name,
+            spec.threads,
+            spec.parameters,
+            spec.body,
+            includes=spec.includes,
+            registers=spec.registers,
+            comment=_comment(name, node, spec, len(positions)),
+        )
+        kernels.append(Kernel(name, text))
     return tuple(kernels), names
 
 
-def _comment(name: str, node: Node, item: Emitted, count: int) -> str:
-    lines = [f"{name}: {item.grid} blocks of {item.block} threads, {item.shared_bytes:,} bytes of shared memory"]
-    if item.describe:
-        lines.append(item.describe)
+def _comment(name: str, node: Node, spec: KernelSpec, count: int) -> list[str]:
+    lines = [f"{name}: {spec.grid} blocks of {spec.threads} threads, {spec.shared_bytes:,} bytes of shared memory"]
+    if spec.describe:
+        lines.append(spec.describe)
     lines.append("Implements, from " + (", ".join(map(str, node.origin)) or "a pass") + ":")
     lines.append("    " + print_node(replace(node, origin=())))
     if count > 1:
         lines.append(f"and {count - 1} more launches of the same shape.")
-    return f'#include "{HEADER_NAME}"\n' + "".join(f"// {line}\n" for line in lines)
+    return lines

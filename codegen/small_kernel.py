@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from .emission import Emitted
-from .writer import Writer, signature
+from .emission import KernelSpec
+from .writer import Writer
 
 
 class SmallKernel:
     """Parameters with their arguments, and the lines of the body.
 
-    stem: its name, up to a number; threads: a block's; header: text in front of the kernel.
+    stem: its name, up to a number; threads: a block's; includes: device headers.
     """
 
-    header = ""
+    includes: tuple[str, ...] = ("cache.cuh", "quant.cuh")
 
     def __init__(self, stem: str, threads: int) -> None:
         self.stem, self.threads = stem, threads
@@ -25,11 +25,17 @@ class SmallKernel:
         self.parameters.append(declaration)
         self.args.append(arg)
 
-    def done(self, grid: int, shared_bytes: int = 0, bytes_read: int = 0, describe: str = "") -> Emitted:
+    def done(self, grid: int, shared_bytes: int = 0, bytes_read: int = 0, describe: str = "") -> KernelSpec:
         """The kernel and its launch."""
-        head = self.header + signature(self.threads, self.parameters) + " {\n"
-        body = "".join(f"    {line}\n" if line else "\n" for line in self.writer.text().splitlines())
-        args = tuple(self.args)
-        return Emitted(
-            self.stem, head + body + "}\n", grid, self.threads, args, shared_bytes, bytes_read, describe=describe
+        return KernelSpec(
+            stem=self.stem,
+            includes=self.includes,
+            threads=self.threads,
+            parameters=tuple(self.parameters),
+            args=tuple(self.args),
+            body=self.writer.text(),
+            grid=grid,
+            shared_bytes=shared_bytes,
+            bytes_read=bytes_read,
+            describe=describe,
         )

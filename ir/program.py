@@ -7,12 +7,11 @@ prints it, and the JSON form (`to_json`) is what `psigraph compile` leaves on di
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .graph import Graph
-
-HEADER_NAME = "psigraph_device.cuh"
 
 # In a Launch, in the place of a kernel's name: a product of halves that the runtime gives to a library.
 # Its args: the buffers w (halves [rows, columns]), x (halves [tokens, columns]), c and y (float32 [tokens, rows]), then
@@ -48,7 +47,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Kernel:
-    """CUDA C text of one kernel; `name` is its extern "C" entry."""
+    """CUDA C++ text of one kernel, which includes device headers; `name` is its extern "C" entry."""
 
     name: str
     text: str
@@ -85,11 +84,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Program:
-    """Everything the runtime needs to run one decode step, for one number of SMs."""
+    """Everything the runtime needs to run one decode step, for one number of SMs.
+
+    headers: texts that the kernels' include by name. defines: macros that its kernels are compiled with.
+    """
 
     name: str
     graph: Graph
-    header: str
+    headers: Mapping[str, str]
     kernels: tuple[Kernel, ...]
     launches: tuple[Launch, ...]
     buffers: tuple[Buffer, ...]
@@ -97,6 +99,7 @@ class Program:
     programmatic: bool
     results: tuple[tuple[str, str], ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    defines: tuple[str, ...] = ()
 
     def kernel(self, name: str) -> Kernel:
         for kernel in self.kernels:
@@ -109,11 +112,6 @@ class Program:
             if buffer.name == name:
                 return buffer
         raise KeyError(f"program {self.name} has no buffer {name}")
-
-    def source(self, name: str) -> str:
-        """The text that a compiler gets: the device header in place of its include line."""
-        include = f'#include "{HEADER_NAME}"\n'
-        return self.kernel(name).text.replace(include, self.header, 1)
 
     @property
     def weight_bytes_per_token(self) -> int:

@@ -2,7 +2,7 @@
 
 ir/NN-<pass>.txt          the graph after every pass, 00-input before the first
 fused.txt, .dot, .json    the graph that kernels are made of
-kernels/<kernel>.cu       texts, with kernels/psigraph_device.cuh, for the first architecture
+kernels/<kernel>.cu       texts, with the device headers (.cuh), for the first architecture
 cubins/<arch>/            machine code, for every architecture
 program.json              launches in order, buffers, passes, resources, for the first architecture
 kernels/<arch>/, program.<arch>.json   the same for every further architecture: grids and texts differ
@@ -25,7 +25,7 @@ from .codegen.target import GPU_ARCHES, Target, target_for
 from .ir.errors import OutputError, UsageError
 from .ir.export import to_dot, to_json
 from .ir.graph import Graph, TensorType
-from .ir.program import HEADER_NAME, Program
+from .ir.program import Program
 from .ir.spec import Binding, ModelSpec
 from .ir.text import print_graph
 from .ir.types import CACHE_DTYPES
@@ -202,7 +202,8 @@ def _write_all(compilation: Compilation, folder: Path) -> None:
     for index, built in enumerate(compilation.built):
         kernels = folder / "kernels" if index == 0 else folder / "kernels" / built.arch
         kernels.mkdir(parents=True)
-        _write(kernels / HEADER_NAME, built.program.header)
+        for name, text in built.program.headers.items():
+            _write(kernels / name, text)
         for kernel in built.program.kernels:
             _write(kernels / f"{kernel.name}.cu", kernel.text)
         cubins = folder / "cubins" / built.arch

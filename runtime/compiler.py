@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,12 +31,15 @@ def compile_program(
     program: Program, arch: str, cache: KernelCache, progress: Progress | None = None
 ) -> dict[str, CompiledKernel]:
     """Every kernel by name. arch: as NVRTC names it, or `host` for the CPU target."""
-    compiler, version, stop = _compiler(arch)
+    compiler, version, stop = _compiler(program, arch)
+    headers = hashlib.sha256(json.dumps(dict(program.headers), sort_keys=True).encode()).hexdigest()
 
     def one(name: str) -> CompiledKernel:
-        source = program.source(name)
+        source = program.kernel(name).text
         key = {
             "source": hashlib.sha256(source.encode()).hexdigest(),
+            "headers": headers,
+            "defines": " ".join(program.defines),
             "entry": name,
             "arch": arch,
             "compiler": version,
@@ -70,16 +74,23 @@ def compile_program(
     return compiled
 
 
-def _compiler(arch: str) -> tuple[Callable[[str, str], tuple[bytes, KernelResources]], str, Callable[[], None]]:
+def _compiler(
+    program: Program, arch: str
+) -> tuple[Callable[[str, str], tuple[bytes, KernelResources]], str, Callable[[], None]]:
     """(compile, version, stop what is under way)."""
     if arch == "host":
         from . import host
 
         def compile_for_host(source: str, name: str) -> tuple[bytes, KernelResources]:
-            return host.compile_kernel(source, name), KernelResources(0, 0, 0, 0)
+            image = host.compile_kernel(source, name, program.headers, program.defines)
+            return image, KernelResources(0, 0, 0, 0)
 
         host.allow_compilers()
         return compile_for_host, host.compiler_version(), host.stop_compilers
     options = " ".join(nvrtc.OPTIONS)
     version = f"nvrtc {nvrtc.nvrtc_version()} {options}"  # a kernel takes it a quarter of a second: nothing to stop
-    return lambda source, name: nvrtc.compile_kernel(source, name, arch), version, lambda: None
+    return (
+        lambda source, name: nvrtc.compile_kernel(source, program.headers, name, arch, program.defines),
+        version,
+        lambda: None,
+    )

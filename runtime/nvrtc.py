@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ OPTIONS = (
     "--ptxas-options=-v",
 )
 
-_BOUNDS = re.compile(r"(?:__launch_bounds__|REGISTERS)\((\d+)(?:, (\d+))?\)")
+# What is tried where a kernel spills, one after the other (device/base.cuh).
+_ROOMIER = ("MORE_REGISTERS=8", "MORE_REGISTERS=16", "ONE_BLOCK")
 
 
 @dataclass(frozen=True)
@@ -37,42 +39,43 @@ def nvrtc_version() -> str:
     return f"{major}.{minor}"
 
 
-def compile_kernel(source: str, name: str, arch: str) -> tuple[bytes, KernelResources]:
+def compile_kernel(
+    source: str, headers: Mapping[str, str], name: str, arch: str, defines: Sequence[str] = ()
+) -> tuple[bytes, KernelResources]:
     """The cubin of a kernel text, and its resources.
 
-    source: device header and kernel; name: the entry; arch: `sm_90a`. CompileError carries the
-    compiler's first error line.
+    headers: texts by the names that the source includes; name: the entry; arch: `sm_90a`; defines: macros. CompileError
+    carries the compiler's first error line.
 
     The assembler sometimes spills a few bytes so that one block more may be resident, or because the text asks for
     few registers. Such a kernel is compiled again with a little more of them, and at last told that one block is
     enough.
     """
-    cubin, resources = _compile(source, name, arch)
-    for bounds in _roomier(source):
+    cubin, resources = _compile(source, headers, name, arch, defines)
+    for roomier in _ROOMIER:
         if not resources.spill_bytes and not resources.stack_bytes:
             break
-        again, better = _compile(_BOUNDS.sub(bounds, source), name, arch)
+        again, better = _compile(source, headers, name, arch, (*defines, roomier))
         if better.spill_bytes + better.stack_bytes < resources.spill_bytes + resources.stack_bytes:
             cubin, resources = again, better
     return cubin, resources
 
 
-def _roomier(source: str) -> list[str]:
-    """Bounds on registers to try instead of those of a text, one after the other."""
-    found = _BOUNDS.search(source)
-    if found is None:
-        return []
-    threads, most = int(found[1]), int(found[2] or 0)
-    steps = [f"REGISTERS({threads}, {most + more})" for more in (8, 16) if most]
-    return [*steps, f"__launch_bounds__({threads}, 1)"]
-
-
-def _compile(source: str, name: str, arch: str) -> tuple[bytes, KernelResources]:
+def _compile(
+    source: str, headers: Mapping[str, str], name: str, arch: str, defines: Sequence[str]
+) -> tuple[bytes, KernelResources]:
     nvrtc = _bindings()
-    error, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
+    error, program = nvrtc.nvrtcCreateProgram(
+        source.encode(),
+        f"{name}.cu".encode(),
+        len(headers),
+        [text.encode() for text in headers.values()],
+        [header.encode() for header in headers],
+    )
     _check(nvrtc, error, "nvrtcCreateProgram")
     try:
-        options = [f"--gpu-architecture={arch}".encode(), *(option.encode() for option in OPTIONS)]
+        macros = [f"--define-macro={define}" for define in defines]
+        options = [option.encode() for option in (f"--gpu-architecture={arch}", *OPTIONS, *macros)]
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         log = _text(nvrtc, program)
         if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:

@@ -15,20 +15,21 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...ir.errors import PsigraphError
-from .compile import BUILDS, HERE, build_kernel, build_library
+from .compile import BUILDS, HERE, NO_HEADERS, build_kernel, build_library
 
 ORDERS = ("forward", "reverse", "shuffle")
 RUN_SECONDS = 120  # a kernel that spins on memory never ends by itself
 _MAGIC = 0x70736967
+_LINE = re.compile(r"(/\S+\.cuh?):(\d+)")  # of a kernel's text or of a device header
 _SANITIZERS = {
     # No leak check: the runner's memory lives as long as the process. Handled or not, a fault is the kernel's.
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=99:detect_stack_use_after_return=0:abort_on_error=0",
@@ -59,7 +60,7 @@ class KernelCall:
     args: arrays are copied to buffers of exactly their size; ints are 32-bit, floats float32, NumPy scalars as they
     are. produced: places of arguments that an earlier kernel of the step writes. writes: places that this kernel
     may write (None: every array). programmatic: launched with a programmatic edge. together: blocks that run side by
-    side (a cluster, or the whole grid for a cooperative launch).
+    side (a cluster, or the whole grid for a cooperative launch). headers: texts by the names that the text includes.
     """
 
     source: str
@@ -72,6 +73,7 @@ class KernelCall:
     writes: tuple[int, ...] | None = None
     programmatic: bool = False
     together: int = 1
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def writable(self) -> tuple[int, ...]:
         arrays = tuple(index for index, arg in enumerate(self.args) if isinstance(arg, np.ndarray))
@@ -92,6 +94,7 @@ def run_kernel(
     programmatic: bool = False,
     together: int = 1,
     seed: int = 1,
+    headers: Mapping[str, str] = NO_HEADERS,
 ) -> dict[int, np.ndarray[Any, Any]]:
     """Run a kernel once; the arrays that it may write, by their place in args.
 
@@ -99,10 +102,10 @@ def run_kernel(
     latter's) instead of the `fast` one. The rest: see KernelCall.
     Raises HostCheckError if the kernel breaks a rule, CompileError if it does not compile.
     """
-    call = KernelCall(source, name, grid, block, shared_bytes, args, produced, writes, programmatic, together)
+    call = KernelCall(source, name, grid, block, shared_bytes, args, produced, writes, programmatic, together, headers)
     if not checks:
         return run_build(call, "fast", order, seed)
-    build_all(source, name, ("address", "watch"))
+    build_all(call, ("address", "watch"))
     run_build(call, "address", order, seed)
     return run_build(call, "watch", order, seed)
 
@@ -112,7 +115,7 @@ def check_kernel(call: KernelCall, seed: int = 1) -> dict[int, np.ndarray[Any, A
 
     Returns the arrays that it may write, from the `fast` build. Raises HostCheckError.
     """
-    build_all(call.source, call.name, ("address", "watch", "fast"))
+    build_all(call, ("address", "watch", "fast"))
     run_build(call, "address", "forward", seed)
     run_build(call, "watch", "forward", seed)
     return compare_orders(call, seed)
@@ -139,8 +142,8 @@ def compare_orders(call: KernelCall, seed: int = 1) -> dict[int, np.ndarray[Any,
 def run_build(
     call: KernelCall, build: str, order: str = "forward", seed: int = 1, defines: tuple[str, ...] = ()
 ) -> dict[int, np.ndarray[Any, Any]]:
-    """One run of one build (a key of compile.BUILDS) in a process of its own; defines: more options for g++."""
-    image = build_kernel(call.source, call.name, build, defines)
+    """One run of one build (a key of compile.BUILDS) in a process of its own; defines: macros."""
+    image = build_kernel(call.source, call.name, build, defines, call.headers)
     sanitizers = tuple(
         option for option in BUILDS[build].options if option.startswith("-fsanitize") and not BUILDS[build].watch
     )
@@ -167,10 +170,10 @@ def run_build(
         return _results(call, result.read_bytes())
 
 
-def build_all(source: str, name: str, builds: Sequence[str]) -> None:
+def build_all(call: KernelCall, builds: Sequence[str]) -> None:
     """Compile several builds of one kernel at once."""
     with ThreadPoolExecutor(max_workers=len(builds)) as pool:
-        for future in [pool.submit(build_kernel, source, name, build) for build in builds]:
+        for future in [pool.submit(build_kernel, call.source, call.name, build, (), call.headers) for build in builds]:
             future.result()
 
 
@@ -214,24 +217,25 @@ def _failure(call: KernelCall, image: Path, done: subprocess.CompletedProcess[st
         kind, _, rest = done.stdout.strip().partition(": ")
         rest, _, places = rest.partition(" @")
         lines = _lines_of(image, places.split(",")) if places else []
-        return HostCheckError(kind, f"{call.name}: {rest}{_source_lines(image, lines)}")
+        return HostCheckError(kind, f"{call.name}: {rest}{_source_lines(lines)}")
     if done.returncode == 2:
         return HostCheckError("launch", f"{call.name}: {done.stderr.strip()}")
     found = re.search(r"ERROR: AddressSanitizer: (\S+)|runtime error: ([^\n]*)", done.stderr)
     if found:
-        lines = [int(line) for line in re.findall(rf"{re.escape(image.stem)}\.cu:(\d+)", done.stderr)]
+        lines = _LINE.findall(done.stderr)
         what = found[1] or found[2]
         size = re.search(r"^(READ|WRITE) of size (\d+)", done.stderr, re.M)
         access = f", {size[1].lower()} of {size[2]} bytes" if size else ""
         kind = "misaligned" if "misaligned" in what else "out of bounds"
-        return HostCheckError(kind, f"{call.name}: {what}{access}{_source_lines(image, lines)}")
+        return HostCheckError(kind, f"{call.name}: {what}{access}{_source_lines(lines)}")
     return HostCheckError(
         "crash", f"{call.name}: the process ended with status {done.returncode}: {done.stderr[-300:].strip()}"
     )
 
 
-def _lines_of(image: Path, places: list[str]) -> list[int]:
-    """Lines of the kernel's text for offsets into the image, innermost first; none without binutils."""
+def _lines_of(image: Path, places: list[str]) -> list[tuple[str, str]]:
+    """(file, line) of the kernel's text and its headers for offsets into the image, innermost first; none without
+    binutils."""
     tool = shutil.which("addr2line")
     if tool is None:
         return []
@@ -239,14 +243,17 @@ def _lines_of(image: Path, places: list[str]) -> list[int]:
     done = subprocess.run(
         [tool, "-i", "-e", str(image), *offsets], capture_output=True, text=True, check=False, timeout=60
     )
-    return [int(line) for line in re.findall(rf"{re.escape(image.stem)}\.cu:(\d+)", done.stdout)]
+    return _LINE.findall(done.stdout)
 
 
-def _source_lines(image: Path, lines: list[int]) -> str:
-    """The innermost line of the kernel's text, and the outermost if it is another."""
+def _source_lines(lines: list[tuple[str, str]]) -> str:
+    """The innermost of these lines, and the outermost if it is another."""
     if not lines:
         return ""
-    text = image.with_suffix(".cu").read_text().splitlines()
-    chosen = [lines[0]] if lines[0] == lines[-1] else [lines[0], lines[-1]]
-    quoted = [f"line {line} `{text[line - 1].strip()}`" for line in chosen if line <= len(text)]
+    quoted = []
+    for path, line in [lines[0]] if lines[0] == lines[-1] else [lines[0], lines[-1]]:
+        text = Path(path).read_text().splitlines() if Path(path).is_file() else []
+        if int(line) <= len(text):
+            where = f" of {Path(path).name}" if path.endswith(".cuh") else ""
+            quoted.append(f"line {line}{where} `{text[int(line) - 1].strip()}`")
     return f" ({', called from '.join(quoted)})"

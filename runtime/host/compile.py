@@ -20,12 +20,15 @@ import stat
 import subprocess
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from ...ir.errors import CompileError, DeviceError
 
 HERE = Path(__file__).resolve().parent
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 KEPT_IMAGES = 1000  # of kernels in the cache; the oldest go first
 COMPILE_SECONDS = 300  # longer means that g++ itself hangs
 
@@ -61,12 +64,6 @@ BUILDS = {
     # Every load and store calls watch.cpp; the instrumentation is ThreadSanitizer's, its runtime is not used.
     "watch": Build("watch", (*_ADDRESS_LIKE, "-DPSIGRAPH_HOST_WATCH", "-fsanitize=thread"), watch=True),
 }
-
-# `extern __shared__ T name[];` has no meaning in C++ that fits: the block's memory is found at run time.
-_DYNAMIC_SHARED = re.compile(
-    r"^(?P<indent>[ \t]*)extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?(?P<type>[\w ]+?)\s+(?P<name>\w+)\s*\[\s*\]\s*;",
-    re.M,
-)
 
 
 def cache_directory() -> Path:
@@ -203,17 +200,6 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def host_text(source: str) -> str:
-    """The text as g++ gets it; line numbers stay. CompileError if dynamic shared memory is declared at file scope."""
-
-    def declaration(match: re.Match[str]) -> str:
-        if not match["indent"]:
-            raise CompileError(f"dynamic shared memory `{match['name']}` must be declared inside the kernel")
-        return f"{match['indent']}{match['type']}* const {match['name']} = host::dynamic_shared<{match['type']}>();"
-
-    return _DYNAMIC_SHARED.sub(declaration, source)
-
-
 def _prune(folder: Path) -> None:
     """Remove the oldest kernels beyond KEPT_IMAGES, image and text. Another process may do the same."""
     images = []
@@ -227,28 +213,40 @@ def _prune(folder: Path) -> None:
                 old.unlink()
 
 
-def build_kernel(source: str, name: str, build: str = "fast", defines: tuple[str, ...] = ()) -> Path:
+def build_kernel(
+    source: str,
+    name: str,
+    build: str = "fast",
+    defines: Sequence[str] = (),
+    headers: Mapping[str, str] = NO_HEADERS,
+) -> Path:
     """Compile one kernel; path of its shared object in the cache.
 
-    source: device header and kernel in one text. name: the extern "C" entry. build: a key of BUILDS.
+    source: the kernel's text. name: the extern "C" entry. build: a key of BUILDS. defines: macros, `NAME` or `NAME=1`.
+    headers: texts by the names that the source includes.
     Raises CompileError if g++ refuses the text, DeviceError if there is no g++.
     """
     how = BUILDS[build]
     key = hashlib.sha256(
-        "\0".join([_fingerprint(), how.name, *how.options, *defines, name, source]).encode()
+        "\0".join(
+            [_fingerprint(), how.name, *how.options, *defines, name, source, *headers, *headers.values()]
+        ).encode()
     ).hexdigest()[:32]
     folder = cache_directory()
     image = folder / f"{name}-{key}.so"
     if image.exists():
         return image
     text = folder / f"{name}-{key}.cu"
-    write_whole(text, host_text(source).encode())
+    write_whole(text, source.encode())
     entry = f'#define PSIGRAPH_HOST 1\n#include "cuda_on_cpu.h"\n#include "{text.name}"\nPSIGRAPH_HOST_KERNEL({name})\n'
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as scratch:
         unit = Path(scratch) / f"{name}.cpp"
         unit.write_text(entry)
         made = Path(scratch) / "kernel.so"
-        options = [*_COMMON, *how.options, *defines, f"-iquote{HERE}", f"-iquote{folder}"]
+        macros = [f"-D{define}" for define in defines]
+        options = [*_COMMON, *how.options, *macros, f"-iquote{HERE}", f"-iquote{folder}"]
+        if headers:
+            options.append(f"-iquote{_header_folder(headers)}")
         if how.watch:
             kernel = Path(scratch) / "kernel.o"
             without_link = [option for option in options if option != "-shared"]
@@ -259,6 +257,17 @@ def build_kernel(source: str, name: str, build: str = "fast", defines: tuple[str
         os.replace(made, image)
     _prune(folder)
     return image
+
+
+def _header_folder(headers: Mapping[str, str]) -> Path:
+    """A folder of the cache that holds these texts, under their names: a debugger shows their lines."""
+    key = hashlib.sha256("\0".join([*headers, *headers.values()]).encode()).hexdigest()[:32]
+    folder = cache_directory() / f"headers-{key}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for name, text in headers.items():
+        if not (folder / name).exists():
+            write_whole(folder / name, text.encode())
+    return folder
 
 
 def _watcher(how: Build) -> Path:
@@ -275,16 +284,21 @@ def _watcher(how: Build) -> Path:
     return image
 
 
-def compile_kernel(source: str, name: str, sanitize: bool = False) -> bytes:
+def compile_kernel(
+    source: str,
+    name: str,
+    headers: Mapping[str, str] = NO_HEADERS,
+    defines: Sequence[str] = (),
+    sanitize: bool = False,
+) -> bytes:
     """Module image of one kernel for the stand-in driver: the bytes of a shared object.
 
-    source: device header and kernel in one text. name: its extern "C" entry. sanitize: compile for the
-    AddressSanitizer; such an image is only of use to `check.run_kernel`, whose process has its runtime.
+    source, name, headers, defines: see `build_kernel`. sanitize: compile for the AddressSanitizer; such an image is
+    only of use to `check.run_kernel`, whose process has its runtime.
     Raises CompileError or DeviceError.
     """
-    return build_kernel(
-        source, name, "address" if sanitize else os.environ.get("PSIGRAPH_HOST_BUILD", "fast")
-    ).read_bytes()
+    build = "address" if sanitize else os.environ.get("PSIGRAPH_HOST_BUILD", "fast")
+    return build_kernel(source, name, build, defines, headers).read_bytes()
 
 
 def build_library(source: Path, image_name: str, options: tuple[str, ...] = ()) -> Path:

@@ -21,7 +21,7 @@ from psigraph.codegen.lower import lower
 from psigraph.codegen.packing import pack
 from psigraph.codegen.target import Target
 from psigraph.ir.graph import Graph
-from psigraph.ir.program import HEADER_NAME, LIBRARY_PRODUCT, Buffer, Launch, Program
+from psigraph.ir.program import LIBRARY_PRODUCT, Buffer, Launch, Program
 from psigraph.ir.types import I8X2_GROUP
 from psigraph.runtime import host
 from psigraph.runtime.driver import Driver
@@ -112,7 +112,7 @@ class Step:
         self.driver = driver()
         launched = dict.fromkeys(launch.kernel for launch in self.program.launches)
         self.names = [name for name in launched if name != LIBRARY_PRODUCT]
-        image = host.compile_kernel(self._source(), "many")
+        image = host.compile_kernel(self._source(), "many", self.program.headers)
         shared = max((launch.shared_bytes for launch in self.program.launches), default=0)
         self.module, self.function = self.driver.load_kernel(image, "many", shared)
         self.address: dict[str, int] = {}
@@ -175,8 +175,7 @@ class Step:
         return self._read(self.program.buffer(name))
 
     def _source(self) -> str:
-        include = f'#include "{HEADER_NAME}"\n'
-        texts = [self.program.kernel(name).text.replace(include, "") for name in self.names]
+        texts = [self.program.kernel(name).text for name in self.names]
         numbers = range(MOST_ARGUMENTS)
         cases = [f"        case {index}: return call(&{name}, args);" for index, name in enumerate(self.names)]
         dispatch = DISPATCH.format(
@@ -184,7 +183,7 @@ class Step:
             names=", ".join(f"a{i}" for i in numbers),
             cases="\n".join(cases),
         )
-        return "\n".join([self.program.header, *texts, dispatch])
+        return "\n".join([*texts, dispatch])
 
     def _packed(self, buffer: Buffer, data: np.ndarray) -> np.ndarray:
         if buffer.layout == "tiles":

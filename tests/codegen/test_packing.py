@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from run_node import driver
 from weights import any_bytes
 
-from psigraph.codegen.device import device_header
+from psigraph.codegen.device import device_headers
 from psigraph.codegen.packing import pack, unpack
 from psigraph.codegen.repack import REPACK_THREADS, repack_grid, repack_kernel
 from psigraph.codegen.weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
-from psigraph.ir.program import HEADER_NAME
 from psigraph.runtime import host
 
 SHAPES = [(16, 256), (1, 256), (17, 512), (40, 768), (33, 32), (16, 96), (31, 672)]
@@ -62,9 +61,8 @@ def test_wrong_size_is_refused():
 @pytest.mark.parametrize("dtype", WEIGHT_TYPES)
 def test_repack_kernel_gives_the_same_tiles(dtype):
     kernel = repack_kernel(dtype)
-    source = kernel.text.replace(f'#include "{HEADER_NAME}"\n', device_header(), 1)
     gpu = driver()
-    module, function = gpu.load_kernel(host.compile_kernel(source, kernel.name), kernel.name)
+    module, function = gpu.load_kernel(host.compile_kernel(kernel.text, kernel.name, device_headers()), kernel.name)
     for rows, columns in SHAPES:
         if not suits(dtype, columns):
             continue

@@ -12,7 +12,7 @@ from test_attention import attention_graph
 
 from psigraph.codegen import digits, profile
 from psigraph.codegen.cache_types import CACHE_TYPES
-from psigraph.codegen.device import device_header
+from psigraph.codegen.device import device_headers
 from psigraph.codegen.emit_attention import ATTENTION_OPS
 from psigraph.codegen.emit_product import PRODUCTS
 from psigraph.codegen.lower import is_view, lower
@@ -85,7 +85,9 @@ def test_products_have_the_registers_of_their_places(size):
     program = lower(graph_of(size, "q4_k_m", 1), target)
     products = products_of(program)
     for launch, place in zip(products, PLACES, strict=True):
-        _, resources = nvrtc.compile_kernel(program.source(launch.kernel), launch.kernel, target.arch)
+        _, resources = nvrtc.compile_kernel(
+            program.kernel(launch.kernel).text, program.headers, launch.kernel, target.arch
+        )
         taken = -(-resources.registers // 8) * 8  # registers come by eights
         assert taken == target.place_registers(place), launch.kernel
         assert launch.block >= 32 * LEAST_WARPS
@@ -141,7 +143,7 @@ def test_attention_fits_beside_the_products(size, kv_type):
     target = TARGETS["sm_90a"]
     program = lower(graph_of(size, "q4_k_m", 1, kv_type=kv_type), target)
     (launch,) = (launch for launch in program.launches if launch.kernel == "rope_attention")
-    _, resources = nvrtc.compile_kernel(program.source(launch.kernel), launch.kernel, target.arch)
+    _, resources = nvrtc.compile_kernel(program.kernel(launch.kernel).text, program.headers, launch.kernel, target.arch)
     assert (
         launch.shared_bytes + resources.shared_bytes + RESERVED_BYTES
         <= places_of(size, target, "q4_k_m", kv_type).attention_bytes
@@ -158,14 +160,14 @@ def test_a_shape_whose_block_has_no_registers_is_passed_over_by_tuning():
         program = lower(graph_of("1.7b", "q4_k_m", 1), target, {name: {"column_warps": 6, "tile_warps": tile_warps}})
         compiled = {}
         for kernel in {launch.kernel for launch in program.launches}:
-            image, resources = nvrtc.compile_kernel(program.source(kernel), kernel, target.arch)
+            image, resources = nvrtc.compile_kernel(program.kernel(kernel).text, program.headers, kernel, target.arch)
             compiled[kernel] = CompiledKernel(kernel, image, resources, False)
         fits[tile_warps] = launchable(program, compiled)
     assert fits == {1: True, 4: False}
 
 
 def test_constants_of_the_device_header_are_those_of_the_emitters():
-    header = device_header()
+    header = "\n".join(device_headers().values())
     for name, value in {
         "STAMP_PLACES": profile.PLACES,
         "DIGITS_BLOCK": digits.BLOCK_BYTES,

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 from prefill_graphs import heads_graph, prefill_product_graph
 from shipped import prefill_of
-from test_gates import INCLUDE, assert_gates
+from test_gates import assert_gates
 
 from psigraph.codegen.cache_types import CACHE_TYPES
-from psigraph.codegen.device import prefill_header
 from psigraph.codegen.prefill_lower import lower_prefill
 from psigraph.codegen.target import GPU_ARCHES, TARGETS
 from psigraph.ir.program import LIBRARY_PRODUCT, Program
@@ -63,7 +62,3 @@ def test_launches_of_a_chunk():
     for program, most in ((own, 40 << 20), (library, 140 << 20)):
         scratch = sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "scratch")
         assert scratch <= most, "what a chunk needs beside weights and caches"
-
-
-def test_texts_include_nothing():
-    assert not INCLUDE.findall(prefill_header())

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from psigraph.codegen.device import device_headers
 from psigraph.codegen.lower import lower
 from psigraph.codegen.target import GPU_ARCHES, target_for
 from psigraph.ir.errors import UsageError
@@ -239,11 +240,11 @@ def test_the_kernels_keep_every_rule(options):
     for launch in program.launches:
         kinds = [program.buffer(str(arg)).kind for arg in launch.args]
         call = KernelCall(
-            program.source(launch.kernel), launch.kernel, launch.grid, launch.block, launch.shared_bytes,
+            program.kernel(launch.kernel).text, launch.kernel, launch.grid, launch.block, launch.shared_bytes,
             [arrays[str(arg)] for arg in launch.args],
             produced=tuple(index for index, kind in enumerate(kinds) if kind in ("state", "scratch")),
             writes=tuple(i for i, arg in enumerate(launch.args) if str(arg).startswith(changed[launch.kernel])),
-            programmatic=True,
+            programmatic=True, headers=device_headers(),
         )  # fmt: skip
         for build in ("address", "watch"):
             run_build(call, build)
@@ -262,7 +263,7 @@ def test_the_kernels_keep_every_rule(options):
 def test_no_register_is_spilled(arch):
     program = lower(fuse_choice(sampling_graph(151_936))[0], target_for(arch))
     for name in ("adjust", "draw_choose"):
-        _, resources = compile_kernel(program.source(name), name, arch)
+        _, resources = compile_kernel(program.kernel(name).text, program.headers, name, arch)
         assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
     turns = -(-149 // target_for(arch).sm_count)  # spans a block takes, so that all blocks run at once
     assert [launch.grid for launch in program.launches] == [149, -(-149 // turns)]

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from psigraph.build import Model, build_program, open_model
-from psigraph.codegen.device import device_header, repack_header
+from psigraph.codegen.device import device_headers
 from psigraph.codegen.packing import pack
 from psigraph.codegen.probe import PROBE_THREADS, probe_kernel
 from psigraph.codegen.repack import REPACK_THREADS, repack_grid, repack_kernel
 from psigraph.codegen.target import target_for
 from psigraph.codegen.weight_types import WEIGHT_TYPES
-from psigraph.ir.program import HEADER_NAME, Kernel, Launch, Program
+from psigraph.ir.program import Kernel, Launch, Program
 from psigraph.passes.use_sampler import SAMPLER
 from psigraph.runtime import host
 from psigraph.runtime.compiler import CompiledKernel
@@ -77,22 +77,20 @@ class Step:
             kernels.append(
                 Kernel(f"changed_{index}", text.replace(old, new).replace(f" {name}(", f" changed_{index}("))
             )
-        source = bundle(self.program.header, tuple(kernels))
+        source = bundle(tuple(kernels))
         calls = [self.calls[name] for name, _, _ in changes]
         return [replace(call, source=source, args=[np.int32(i), *call.args[1:]]) for i, call in enumerate(calls)]
 
 
-def bundle(header: str, kernels: tuple[Kernel, ...], shared: str = "") -> str:
-    """Header, what the kernels share besides, the kernels, and `many`, whose first argument says which one runs."""
-    include = f'#include "{HEADER_NAME}"\n'
+def bundle(kernels: tuple[Kernel, ...]) -> str:
+    """The kernels, and `many`, whose first argument says which one runs."""
     places = range(MOST_ARGUMENTS)
     many = _MANY.format(
         parameters=", ".join(f"u64 a{i}" for i in places),
         names=", ".join(f"a{i}" for i in places),
         cases="\n".join(f"        case {i}: return call(&{kernel.name}, args);" for i, kernel in enumerate(kernels)),
     )
-    texts = [kernel.text.replace(include, "") for kernel in kernels]
-    return "\n".join([header, shared, *[text.replace(shared, "") if shared else text for text in texts], many])
+    return "\n".join([*(kernel.text for kernel in kernels), many])
 
 
 class _Watched(Engine):
@@ -151,7 +149,7 @@ def _watch(program: Program, model: Model, driver: Driver, known: frozenset[str]
     compiled = {
         kernel.name: CompiledKernel(
             kernel.name,
-            host.compile_kernel(program.source(kernel.name), kernel.name),
+            host.compile_kernel(kernel.text, kernel.name, program.headers),
             KernelResources(0, 0, 0, 0),
             True,
         )
@@ -164,7 +162,7 @@ def _watch(program: Program, model: Model, driver: Driver, known: frozenset[str]
         engine.watching = True
         engine.feed(PROMPT[-1:])
         before, left = engine.before, engine.left
-    source = bundle(program.header, tuple(program.kernel(name) for name in used))
+    source = bundle(tuple(program.kernel(name) for name in used))
     step = Step(program, source, used, {}, {})
     written: set[str] = set()
     last = {launch.kernel: index for index, launch in enumerate(program.launches)}
@@ -196,13 +194,15 @@ def _call(
         writes=tuple(1 + place for place in writes),
         programmatic=launch.programmatic,
         together=launch.cluster,
+        headers=device_headers(),
     )
 
 
 def written_places(kernel: Kernel) -> list[int]:
     """Places of the parameters through which a kernel may write: pointers to what is not const."""
     found = re.search(
-        rf'extern "C" __global__ void (?:__launch_bounds__|REGISTERS)\([\d, ]+\) {kernel.name}\(([^)]*)\)', kernel.text
+        rf'extern "C" __global__ void (?:THREADS|REGISTERS)\([\d, ]+\) {kernel.name}\(([^)]*) STAMP_PARAMETERS\)',
+        kernel.text,
     )
     assert found, kernel.name
     parameters = [" ".join(parameter.split()) for parameter in found[1].split(",")]
@@ -212,14 +212,16 @@ def written_places(kernel: Kernel) -> list[int]:
 def layout_launches(rows: int, columns: int) -> dict[str, tuple[KernelCall, np.ndarray]]:
     """Weight type -> launch of the kernel that lays such a matrix out, and what must come out."""
     kernels = tuple(repack_kernel(dtype) for dtype in WEIGHT_TYPES)
-    source = bundle(device_header(), kernels, repack_header())
+    source = bundle(kernels)
     calls = {}
     for index, (dtype, row) in enumerate(WEIGHT_TYPES.items()):
         raw = np.random.default_rng(index).integers(0, 256, row.file_bytes(rows, columns), np.uint8)
         wanted = pack(raw, dtype, rows, columns)
         args = [np.int32(index), raw, np.full_like(wanted, 0xFF), np.uint64(rows), np.uint64(columns)]
         args += [np.uint64(0)] * (1 + MOST_ARGUMENTS - len(args))
-        call = KernelCall(source, "many", repack_grid(rows, columns), REPACK_THREADS, 0, args, writes=(2,))
+        call = KernelCall(
+            source, "many", repack_grid(rows, columns), REPACK_THREADS, 0, args, writes=(2,), headers=device_headers()
+        )
         calls[dtype] = (call, wanted)
     return calls
 
@@ -229,5 +231,4 @@ def bandwidth_launch() -> KernelCall:
     data = np.arange(4 * 100_003, dtype=np.uint32)
     args = [data, np.uint64(data.size // 4), 2, np.zeros(1, np.uint32)]  # read twice
     kernel = probe_kernel()
-    source = kernel.text.replace(f'#include "{HEADER_NAME}"\n', device_header())
-    return KernelCall(source, kernel.name, 2 * SMS, PROBE_THREADS, 0, args, writes=(3,))
+    return KernelCall(kernel.text, kernel.name, 2 * SMS, PROBE_THREADS, 0, args, writes=(3,), headers=device_headers())

@@ -16,7 +16,7 @@ from psigraph.runtime import host
 
 SCALE = """
 extern "C" __global__ void __launch_bounds__(64) scale(const float* x, float* out, int count, float by) {
-    extern __shared__ __align__(128) unsigned char shared_memory[];
+    unsigned char* const shared_memory = host::dynamic_shared<unsigned char>();
     float* values = (float*)shared_memory;
     int i = blockIdx.x * 64 + threadIdx.x;
     values[threadIdx.x] = i < count ? x[i] : 0.0f;
@@ -348,11 +348,6 @@ def test_compile_errors_name_the_kernel_and_the_line() -> None:
     ) as caught:
         host.compile_kernel('extern "C" __global__ void broken(int* out) {\n    out[0] = nothing;\n}\n', "broken")
     assert "\n" not in str(caught.value)
-
-
-def test_dynamic_shared_memory_at_file_scope_is_refused() -> None:
-    with pytest.raises(CompileError, match="`buffer` must be declared inside the kernel"):
-        host.compile_kernel('extern __shared__ float buffer[];\nextern "C" __global__ void k() {}\n', "k")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -29,7 +29,7 @@ WAIT = "wait_for_previous_kernel();"
 def problems_of(call: KernelCall, wanted: dict[int, np.ndarray]) -> str:
     """What the checks say of a launch, or "" if nothing; wanted: argument -> what lies there after it, in any order."""
     try:
-        build_all(call.source, call.name, ("address", "watch", "fast"))
+        build_all(call, ("address", "watch", "fast"))
         for build in ("address", "watch"):
             run_build(call, build)
         for order in ORDERS:

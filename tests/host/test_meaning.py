@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from psigraph.codegen.device import device_headers
 from psigraph.runtime.host.check import HostCheckError, KernelCall, compare_orders, run_build
 
 Text = Callable[[str], str]
@@ -17,7 +18,9 @@ def run(
     text: Text, body: str, args: list, block: int = 32, grid: int = 1, shared: int = 0, **rest: object
 ) -> dict[int, np.ndarray]:
     """Run `extern "C" __global__ void subject(...)` in the three orders."""
-    return compare_orders(KernelCall(text(body), "subject", grid, block, shared, args, **rest))
+    return compare_orders(
+        KernelCall(text(body), "subject", grid, block, shared, args, **rest, headers=device_headers())
+    )
 
 
 def test_shuffles_follow_cuda_also_in_narrow_segments(kernel_text: Text) -> None:
@@ -153,6 +156,7 @@ def test_atomics_and_block_indices(kernel_text: Text) -> None:
         (8, 4, 1),
         0,
         [np.zeros(1, np.uint64), *(np.zeros(1, np.int32) for _ in range(3))],
+        headers=device_headers(),
     )
     found = compare_orders(call)
     block, thread = np.divmod(np.arange(12 * 32), 32)
@@ -163,7 +167,7 @@ def test_atomics_and_block_indices(kernel_text: Text) -> None:
 def test_named_barriers_and_blocks_that_run_together(kernel_text: Text) -> None:
     body = """
     extern "C" __global__ void subject(int* out) {
-        extern __shared__ __align__(128) u8 shared_memory[];
+        DYNAMIC_SHARED(shared_memory);
         __shared__ int mine[64];
         int* moving = (int*)shared_memory;
         moving[threadIdx.x] = mine[threadIdx.x] = blockIdx.x * 64 + threadIdx.x;
@@ -180,7 +184,9 @@ def test_named_barriers_and_blocks_that_run_together(kernel_text: Text) -> None:
         }
     }
     """
-    call = KernelCall(kernel_text(body), "subject", 8, 64, 256, [np.zeros((8, 32), np.int32)], together=4)
+    call = KernelCall(
+        kernel_text(body), "subject", 8, 64, 256, [np.zeros((8, 32), np.int32)], together=4, headers=device_headers()
+    )
     out = compare_orders(call)[0]
     for block in range(8):
         neighbour = block // 4 * 4 + (block + 1) % 4
@@ -192,7 +198,10 @@ def test_a_lane_outside_its_own_mask_is_reported(kernel_text: Text) -> None:
     extern "C" __global__ void subject(int* out) { out[threadIdx.x] = __shfl_sync(0x0000ffffu, (int)threadIdx.x, 0); }
     """
     with pytest.raises(HostCheckError, match="leaves it out") as caught:
-        run_build(KernelCall(kernel_text(body), "subject", 1, 32, 0, [np.zeros(32, np.int32)]), "fast")
+        run_build(
+            KernelCall(kernel_text(body), "subject", 1, 32, 0, [np.zeros(32, np.int32)], headers=device_headers()),
+            "fast",
+        )
     assert caught.value.kind == "partial warp"
 
 
@@ -207,7 +216,10 @@ def test_barriers_on_different_lines_do_not_meet(kernel_text: Text) -> None:
     }
     """
     with pytest.raises(HostCheckError, match="while others wait in line") as caught:
-        run_build(KernelCall(kernel_text(body), "subject", 1, 64, 0, [np.zeros(64, np.int32)]), "fast")
+        run_build(
+            KernelCall(kernel_text(body), "subject", 1, 64, 0, [np.zeros(64, np.int32)], headers=device_headers()),
+            "fast",
+        )
     assert caught.value.kind == "divergent barrier"
 
 
@@ -220,7 +232,15 @@ def test_processors_without_a_switch_of_our_own_give_the_same(kernel_text: Text)
         out[threadIdx.x] = turned[threadIdx.x];
     }
     """
-    call = KernelCall(kernel_text(body), "subject", 1, 64, 0, [np.arange(64, dtype=np.int32), np.zeros(64, np.int32)])
+    call = KernelCall(
+        kernel_text(body),
+        "subject",
+        1,
+        64,
+        0,
+        [np.arange(64, dtype=np.int32), np.zeros(64, np.int32)],
+        headers=device_headers(),
+    )
     expected = np.repeat(np.arange(64).reshape(8, 8).sum(1), 8)[::-1]
-    for defines in ((), ("-DPSIGRAPH_HOST_UCONTEXT",)):
+    for defines in ((), ("PSIGRAPH_HOST_UCONTEXT",)):
         assert (run_build(call, "fast", "shuffle", defines=defines)[1] == expected).all()

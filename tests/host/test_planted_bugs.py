@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from psigraph.codegen.device import device_headers
 from psigraph.runtime.host.check import HostCheckError, KernelCall, check_kernel, compare_orders, run_build
 
 PLANTED = Path(__file__).parent / "planted"
@@ -105,7 +106,16 @@ REPORTED = {
 
 def planted(kernel_text: Text, name: str, fixed: bool) -> KernelCall:
     grid, block, shared_bytes, args, rest = REPORTED[name][3]
-    return KernelCall(planted_source(kernel_text, name, fixed), name, grid, block, shared_bytes, args, **rest)
+    return KernelCall(
+        planted_source(kernel_text, name, fixed),
+        name,
+        grid,
+        block,
+        shared_bytes,
+        args,
+        **rest,
+        headers=device_headers(),
+    )
 
 
 def planted_source(kernel_text: Text, name: str, fixed: bool) -> str:
@@ -147,7 +157,7 @@ def test_wrong_row_is_seen_by_the_bar_of_each_element(kernel_text: Text, fixed: 
     weights, x = numbers(rows * columns), numbers(columns, 2)
     args = [weights, x, np.zeros(rows, np.float32), rows, columns]
     source = planted_source(kernel_text, "shifted_row", fixed)
-    call = KernelCall(source, "shifted_row", rows // 4, 128, 0, args, writes=(2,))
+    call = KernelCall(source, "shifted_row", rows // 4, 128, 0, args, writes=(2,), headers=device_headers())
     result = check_kernel(call)[2]
     assert within_bounds(result, weights.reshape(rows, columns), x) is fixed
 
@@ -161,7 +171,9 @@ def test_wrong_scale_is_seen_by_the_bar_of_each_element(kernel_text: Text, fixed
     x = numbers(columns)
     args = [quants, scales.view(np.uint16), x, np.zeros(rows, np.float32), rows, columns]
     source = planted_source(kernel_text, "wrong_scale_index", fixed)
-    result = check_kernel(KernelCall(source, "wrong_scale_index", rows // 4, 128, 0, args, writes=(3,)))[3]
+    result = check_kernel(
+        KernelCall(source, "wrong_scale_index", rows // 4, 128, 0, args, writes=(3,), headers=device_headers())
+    )[3]
     weights = (quants * scales.astype(np.float32)[..., None]).reshape(rows, columns)
     assert within_bounds(result, weights, x) is fixed
 
@@ -170,11 +182,18 @@ def test_wrong_scale_is_seen_by_the_bar_of_each_element(kernel_text: Text, fixed
 def test_shared_memory_that_nobody_set_is_nan(kernel_text: Text, fixed: bool) -> None:
     args = [numbers(60), np.zeros(2, np.float32), 60]
     source = planted_source(kernel_text, "unset_shared", fixed)
-    result = check_kernel(KernelCall(source, "unset_shared", 1, 64, 256, args, writes=(1,)))[1]
+    result = check_kernel(KernelCall(source, "unset_shared", 1, 64, 256, args, writes=(1,), headers=device_headers()))[
+        1
+    ]
     assert bool(np.isfinite(result).all()) is fixed
 
 
 def test_a_write_to_an_input_is_reported(kernel_text: Text) -> None:
     call = planted(kernel_text, "early_write", fixed=True)
     with pytest.raises(HostCheckError, match="argument 1"):
-        run_build(KernelCall(call.source, call.name, call.grid, call.block, 0, call.args, writes=()), "watch")
+        run_build(
+            KernelCall(
+                call.source, call.name, call.grid, call.block, 0, call.args, writes=(), headers=device_headers()
+            ),
+            "watch",
+        )

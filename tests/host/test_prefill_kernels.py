@@ -16,6 +16,7 @@ import q8_memory
 from step_launches import MOST_ARGUMENTS, bundle, written_places
 from weights import raw_weights
 
+from psigraph.codegen.device import device_headers
 from psigraph.codegen.packing import pack
 from psigraph.codegen.prefill_lower import lower_prefill
 from psigraph.codegen.target import target_for
@@ -92,7 +93,7 @@ def check(own: Program, *others: Program) -> list[str]:
     texts = {kernel.text: kernel for program in (own, *others) for kernel in program.kernels}
     names = [kernel.name for kernel in texts.values()]
     assert len(set(names)) == len(names)
-    source = bundle(own.header, tuple(texts.values()))
+    source = bundle(tuple(texts.values()))
     build_all(source, "many", ("address", "watch"))
     problems = []
     new = [(own, set(names))] + [(other, set(names) - {kernel.name for kernel in own.kernels}) for other in others]
@@ -106,7 +107,9 @@ def check(own: Program, *others: Program) -> list[str]:
             args += [np.uint64(0)] * (1 + MOST_ARGUMENTS - len(args))
             writes = written_places(program.kernel(launch.kernel))
             shape = (launch.grid, launch.block, launch.shared_bytes)
-            call = KernelCall(source, "many", *shape, args, writes=tuple(1 + place for place in writes))
+            call = KernelCall(
+                source, "many", *shape, args, writes=tuple(1 + place for place in writes), headers=device_headers()
+            )
             try:
                 run_build(call, "address")
                 left = run_build(call, "watch", "shuffle")

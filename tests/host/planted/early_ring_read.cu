@@ -1,6 +1,6 @@
 // Weights through a ring of two stages; the bytes are used before they have arrived.
 extern "C" __global__ void __launch_bounds__(32) early_ring_read(const u8* x, u32* out) {
-    extern __shared__ __align__(128) u8 shared_memory[];
+    DYNAMIC_SHARED(shared_memory);
     int lane = threadIdx.x & 31;
     u64* barriers = (u64*)(shared_memory + 1024);
     if (lane < 2) Ring<2, 1>::open(barriers, lane);

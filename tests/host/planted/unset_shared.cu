@@ -1,6 +1,6 @@
 // Adds up 64 places of shared memory, of which it has set `count`.
 extern "C" __global__ void __launch_bounds__(64) unset_shared(const float* x, float* out, int count) {
-    extern __shared__ __align__(128) u8 shared_memory[];
+    DYNAMIC_SHARED(shared_memory);
     __shared__ float fixed[64];
     float* moving = (float*)shared_memory;
     int i = threadIdx.x;

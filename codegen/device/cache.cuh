@@ -9,6 +9,8 @@
 #ifndef PSIGRAPH_CACHE_CUH
 #define PSIGRAPH_CACHE_CUH
 
+#include "warp_copies.cuh"
+
 // Where part `part` of PARTS stands in the row of a position; the same the other way round.
 template <int PARTS> DEVICE int part_place(int part, int position) {
     constexpr int EVEN = PARTS & -PARTS, MASK = (EVEN < 8 ? EVEN : 8) - 1;  // so that no place is outside the row

@@ -4,6 +4,8 @@
 #ifndef PSIGRAPH_SAMPLING_CUH
 #define PSIGRAPH_SAMPLING_CUH
 
+#include "base.cuh"
+
 constexpr int SPAN = 1024;  // threads of a block, logits of a peak, bins of the search
 constexpr int SLOTS = 1024, BIAS_TOKENS = 16, BIAS_VALUES = BIAS_TOKENS + SLOTS;
 enum Word { TOP_K, TOP_P, MIN_P, SHARPNESS, BINS_PER_UNIT, REPETITION, REPETITION_INVERSE, PRESENCE, FREQUENCY, WINDOW, SEED_LOW, SEED_HIGH, BIAS_COUNT };
@@ -53,7 +55,7 @@ DEVICE u32 block_max(u32 key, u32* of_warps) {
 }
 
 // One block a span. history takes `token` at its place; the window is read up to there.
-DEVICE void adjust_span(const float* logits, const int* token, const int* sampler, const int* position, float* adjusted, float* peaks, int* history, int size) {
+DEVICE void adjust_span(const float* logits, const int* token, const int* sampler, const int* position, float* adjusted, float* peaks, int* history, int size, const Stamps& stamps) {
     __shared__ int counts[SPAN];
     __shared__ float biases[SPAN];
     __shared__ u32 of_warps[SPAN / 32];
@@ -65,7 +67,7 @@ DEVICE void adjust_span(const float* logits, const int* token, const int* sample
         u32 place = (u32)(sampler[BIAS_TOKENS + own] - first);
         if (place < SPAN) biases[place] = number_at(sampler, BIAS_VALUES + own);
     }
-    wait_for_previous_kernel();
+    wait_for_previous_kernel(stamps);
     const int here = fresh(position), now = fresh(token), window = sampler[WINDOW];
     for (int i = own; i < window && i <= here; i += SPAN) {
         u32 place = (u32)((i == 0 ? now : fresh((const int*)history + here - i)) - first);
@@ -306,13 +308,13 @@ struct Draw {
 // With a top_k of at most one a peak, nothing below the top_k-th peak can be among the top_k tokens: the few that
 // are not below it go into the list. Otherwise all tokens are counted and weighed in bins of their distance to the
 // largest, and of the bins in which a filter or the draw ends, the last block makes a list.
-template <int SIZE> DEVICE bool draw_token(const float* logits, const float* peaks, const int* sampler, const int* position, Tally* tally, u64* list, int& chosen) {
+template <int SIZE> DEVICE bool draw_token(const float* logits, const float* peaks, const int* sampler, const int* position, Tally* tally, u64* list, int& chosen, const Stamps& stamps) {
     constexpr int PEAKS = (SIZE + SPAN - 1) / SPAN;
     __shared__ Shared shared;
     const int own = threadIdx.x, top_k = sampler[TOP_K];
     const u32 top_p = (u32)sampler[TOP_P];
     const bool listed = PEAKS <= SPAN && top_k > 0 && top_k <= PEAKS;
-    wait_for_previous_kernel();
+    wait_for_previous_kernel(stamps);
     u32 peak = 0;
     for (int i = own; i < PEAKS; i += SPAN) {
         u32 other = ordered(fresh(peaks + i));

@@ -4,8 +4,11 @@
 // superblocks). Weights stay in the tiles of a decode step. m16n8k16 multiplies 16 weight rows with 8 tokens: a lane
 // (g, t) gives the values of rows g and g + 8, which is what it reads of a tile anyway, and the order of the 16 columns
 // within one instruction is free, so that columns 4 t .. 4 t + 3 of a tile's group and of a token's row meet as they lie.
-#ifndef PSIGRAPH_PREFILL_CUH
-#define PSIGRAPH_PREFILL_CUH
+#ifndef PSIGRAPH_MANY_ROWS_CUH
+#define PSIGRAPH_MANY_ROWS_CUH
+
+#include "cache.cuh"
+#include "quant.cuh"
 
 // ---------------------------------------------------------------------------------------------------------
 // Instructions

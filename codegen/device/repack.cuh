@@ -4,6 +4,8 @@
 #ifndef PSIGRAPH_REPACK_CUH
 #define PSIGRAPH_REPACK_CUH
 
+#include "base.cuh"
+
 // The 256 columns of one row of the file, or nothing beyond the matrix.
 struct FileRow {
     const u8* bytes;
