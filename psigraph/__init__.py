@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .api import LanguageModel
-    from .compilation import Compilation
+    from .inspect.compilation import Compilation
 
     __version__: str
 
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # imported from a source tree that was never installed
             return "0+unknown"
     if name == "SamplerSettings":
-        from .sampler import SamplerSettings
+        from .text.sampler import SamplerSettings
 
         return SamplerSettings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -103,7 +103,7 @@ def compile(
     arches: such as "sm_90a"; none: this machine's GPU, or sm_90a. disable: passes to leave out. ctx: positions that
     the KV cache holds, kv_type: their type, "f16" or "q8". Errors are those of `psigraph.ir.errors`.
     """
-    from .compilation import (
+    from .inspect.compilation import (
         compile_stages,
         default_target,
         gpu_target,

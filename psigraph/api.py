@@ -19,18 +19,18 @@ from typing import Any, overload
 
 import numpy as np
 
-from .artifact import admit_file
-from .generation import GREEDY, Decoder, Limits, TextRun, TokenRun
 from .gpu_start import GpuStart
-from .guard import Guard, guard_for
 from .ir.errors import PolicyRefusal, UsageError
-from .policy import Admission
-from .prompt import BackgroundTokenizer
-from .runtime.gguf_file import GgufFile
-from .runtime.tokenizer import Tokenizer
-from .sampler import SamplerSettings
+from .medpsy.artifact import admit_file
+from .medpsy.guard import Guard, guard_for
+from .medpsy.policy import Admission
+from .runtime.gguf.file import GgufFile
+from .runtime.tokenizer.bpe import Tokenizer
 from .session import Session, open_session
-from .template import ChatTemplate, Message, check_messages
+from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
+from .text.prompt import BackgroundTokenizer
+from .text.sampler import SamplerSettings
+from .text.template import ChatTemplate, Message, check_messages
 
 LONG_PROMPT = 512
 """Tokens of the prompt that a model is made ready for."""

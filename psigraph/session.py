@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from . import gpu_start
+from .bench.report import ENGINES
+from .bench.tuned import load_tuned
 from .build import Model, fuse, open_model
 from .codegen.lower import lower
 from .codegen.target import Target, arch_of_capability, stand_in_target, target_for
@@ -25,19 +27,17 @@ from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
-from .ir.spec import check_cache_type
+from .ir.spec.model import check_cache_type
 from .ir.types import CACHE_DTYPES
 from .passes.use_sampler import SAMPLER
 from .prefill import EXPLICIT, check_prefill, prefill_maker
-from .report import ENGINES
-from .runtime.gguf_file import GgufFile
-from .runtime.kernel_cache import KernelCache, default_cache_dir
+from .runtime.cuda.kernel_cache import KernelCache, default_cache_dir
+from .runtime.gguf.file import GgufFile
 from .runtime.prefill import FEWEST
-from .sampler import SamplerSettings
-from .tuned import load_tuned
+from .text.sampler import SamplerSettings
 
 if TYPE_CHECKING:
-    from .runtime.driver import DeviceFacts, Driver
+    from .runtime.cuda.driver import DeviceFacts, Driver
 
 BACKENDS = ("auto", "cuda", "host", "cpu")
 STAND_IN_NAME = "psigraph host target"
@@ -396,7 +396,7 @@ class _Opener:
         return load_tuned(facts) if backend == "cuda" else {}
 
     def _on_device(self, backend: str, model: Model, fused: Graph, ends: tuple[int, ...], driver: Driver) -> Session:
-        from .runtime.compiler import compile_program
+        from .runtime.cuda.compiler import compile_program
         from .runtime.engine import Engine
 
         try:
@@ -496,7 +496,7 @@ def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
         if may_fail:
             return None, str(error)
         if isinstance(error, UsageError):
-            from .runtime.driver import OTHER_BACKENDS
+            from .runtime.cuda.driver import OTHER_BACKENDS
 
             raise DeviceError(f"{facts.name}: {error}; {OTHER_BACKENDS}") from None
         raise
@@ -504,7 +504,7 @@ def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
 
 
 def _end_tokens(model: Model) -> tuple[int, ...]:
-    from .runtime.end_tokens import end_tokens
+    from .runtime.tokenizer.end_tokens import end_tokens
 
     return end_tokens(model.file)
 

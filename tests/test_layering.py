@@ -24,7 +24,7 @@ ROOMS = {
     "models": (set(), set()),
 }
 # A package that only one place of a room knows.
-SINGLE_PLACES = {"yaml": {"ir/loader.py", "ir/yaml_nodes.py"}, "networkx": {"ir/analysis.py"}}
+SINGLE_PLACES = {"yaml": {"ir/spec/loader.py", "ir/spec/yaml_nodes.py"}, "networkx": {"ir/analysis.py"}}
 
 
 def sources(room: str) -> list[Path]:

@@ -9,10 +9,10 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..bench.report import validate_report
 from ..ir.errors import UsageError
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
-from ..policy import Admission
-from ..report import validate_report
+from ..medpsy.policy import Admission
 from .begin_gpu import begin_gpu
 from .options import (
     DEPTHS,
@@ -137,9 +137,9 @@ def command(
     before = read_json(baseline) if baseline is not None else None
     start = begin_gpu(backend, device, with_snapshot=True)
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
-    from ..baseline import check_baseline, check_work, compare_reports
-    from ..bench import run_bench, run_sweep
-    from ..sampler import SamplerSettings
+    from ..bench.baseline import check_baseline, check_work, compare_reports
+    from ..bench.measure import run_bench, run_sweep
+    from ..text.sampler import SamplerSettings
 
     sampler = SamplerSettings(**sampling) if sampling else None  # seed 0: the same tokens every time
     if sampler is not None and sampler.greedy:

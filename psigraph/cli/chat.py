@@ -23,8 +23,8 @@ from .stages import stages
 from .writing import write_pieces
 
 if TYPE_CHECKING:
-    from ..chat import Conversation
-    from ..generation import TextRun
+    from ..text.chat import Conversation
+    from ..text.generation import TextRun
 
 EPILOG = """\b
 /help lists what can be typed beside questions. Ctrl-C stops an answer; at the prompt, twice, it leaves, as do
@@ -87,8 +87,8 @@ def command(
     from dataclasses import replace
 
     from ..api import LanguageModel
-    from ..chat import CHAT_SAMPLER, ChatSettings, Conversation
-    from ..stop_strings import StopStrings
+    from ..text.chat import CHAT_SAMPLER, ChatSettings, Conversation
+    from ..text.stop_strings import StopStrings
 
     StopStrings(stop)  # says what is wrong with one
     sampler = replace(CHAT_SAMPLER, **{"seed": new_seed(), **sampling})

@@ -26,10 +26,10 @@ from .texts import STDIN, read_text, stdin_is_piped
 from .writing import showable, speaks_unicode, write_pieces
 
 if TYPE_CHECKING:
-    from ..generation import TokenRun
-    from ..policy import Admission
-    from ..prompt import Prompt
+    from ..medpsy.policy import Admission
     from ..session import Session
+    from ..text.generation import TokenRun
+    from ..text.prompt import Prompt
 
 EPILOG = """\b
 Only the continuation is written to stdout; everything else goes to stderr. Generation stops at the end tokens
@@ -107,14 +107,14 @@ def command(
     _check_output(output, as_json, stream, stop, logprobs)
     text = _prompt_text(prompt, prompt_file, ids)
     start = begin_gpu(backend, device)
-    from ..artifact import admit_file
     from ..build import Model
-    from ..generation import GREEDY, Decoder, Limits
-    from ..prompt import Prompt, Request
-    from ..runtime.gguf_file import GgufFile
-    from ..sampler import SamplerSettings
+    from ..medpsy.artifact import admit_file
+    from ..runtime.gguf.file import GgufFile
     from ..session import check_ids, open_session, vocabulary_of
-    from ..stop_strings import StopStrings
+    from ..text.generation import GREEDY, Decoder, Limits
+    from ..text.prompt import Prompt, Request
+    from ..text.sampler import SamplerSettings
+    from ..text.stop_strings import StopStrings
 
     StopStrings(stop)  # says what is wrong with one
     sampler = SamplerSettings(**{"seed": new_seed(), **sampling}) if sampling else GREEDY
@@ -219,8 +219,8 @@ def _pieces(
     tokens: TokenRun, request: Prompt, admission: Admission, output: str | None, stop: tuple[str, ...]
 ) -> Iterator[str]:
     """What goes to stdout: text with the policy's disclaimer, or ids."""
-    from ..generation import TextRun
-    from ..guard import guard_for
+    from ..medpsy.guard import guard_for
+    from ..text.generation import TextRun
 
     needed = output == "text" or stop
     tokenizer = request.tokenizer.get() if needed else request.tokenizer.get_or_none()
@@ -234,8 +234,8 @@ def _record(
     tokens: TokenRun, request: Prompt, admission: Admission, session: Session, stop: tuple[str, ...]
 ) -> dict[str, Any]:
     """The JSON record; text is null where the file's tokenizer is of another kind."""
-    from ..generation import TextRun
-    from ..guard import guard_for
+    from ..medpsy.guard import guard_for
+    from ..text.generation import TextRun
 
     tokenizer = request.tokenizer.get() if stop else request.tokenizer.get_or_none()
     text: str | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..policy import OVERRIDE_OPTION
+from ..medpsy.policy import OVERRIDE_OPTION
 
 if TYPE_CHECKING:
     _Ids = click.ParamType[tuple[int, ...]]

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..build import Model
-    from ..perplexity import Reference, Result
-    from ..policy import Admission
-    from ..runtime.gguf_file import GgufFile
+    from ..medpsy.policy import Admission
+    from ..runtime.gguf.file import GgufFile
     from ..session import Session
+    from ..text.perplexity import Reference, Result
 
 EPILOG = """\b
 The text is read in windows (--window); every token but a window's first is scored. KL divergence is that of this
@@ -86,11 +86,11 @@ def command(
         if target is not None:
             check_writable(target)
     words = read_text(text) if text is not None else None
-    from ..artifact import admit_file
-    from ..perplexity import WINDOW, load_reference, measure
-    from ..perplexity import save_logits as write_logits
-    from ..runtime.tokenizer import Tokenizer
+    from ..medpsy.artifact import admit_file
+    from ..runtime.tokenizer.bpe import Tokenizer
     from ..session import open_session
+    from ..text.perplexity import WINDOW, load_reference, measure
+    from ..text.perplexity import save_logits as write_logits
 
     admitted: list[Admission] = []
     found: list[Reference] = []
@@ -156,8 +156,8 @@ def command(
 
 
 def _report(result: Result, session: Session, admission: Admission, found: list[Reference]) -> dict[str, Any]:
-    from ..artifact import artifact_record
-    from ..perplexity import SCHEMA
+    from ..medpsy.artifact import artifact_record
+    from ..text.perplexity import SCHEMA
 
     report: dict[str, Any] = {
         "schema": SCHEMA,

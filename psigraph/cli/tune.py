@@ -34,9 +34,9 @@ def command(model: Path, backend: str, device: int, kv_type: str, seconds: float
         backend = "cuda"
     if backend not in ("cuda", "host"):
         raise UsageError(f"--backend {backend}: launch shapes need kernels; take cuda, or host to try the command out")
+    from ..bench.tune import target_of, tune
+    from ..bench.tuned import save_tuned
     from ..session import open_session
-    from ..tune import target_of, tune
-    from ..tuned import save_tuned
 
     with kernels_only(), stages() as bars:
         session = open_session(

@@ -25,7 +25,7 @@ from psigraph.ir.errors import PsigraphError
 from psigraph.ir.program import LIBRARY_PRODUCT, Launch
 from psigraph.runtime.engine import Engine
 from psigraph.runtime.prefill import Prefill
-from psigraph.runtime.synth import write_synth
+from psigraph.runtime.synth.model import write_synth
 from psigraph.session import Session, open_session
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"

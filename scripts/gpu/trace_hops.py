@@ -17,14 +17,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from psigraph.bench.tune import target_of
 from psigraph.codegen.lower import lower
 from psigraph.codegen.profile import _parts
 from psigraph.ir.program import Buffer, Launch, Program
-from psigraph.runtime.compiler import compile_program
+from psigraph.runtime.cuda.compiler import compile_program
+from psigraph.runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from psigraph.runtime.engine import Engine
-from psigraph.runtime.kernel_cache import KernelCache, default_cache_dir
 from psigraph.session import open_session
-from psigraph.tune import target_of
 
 STAMPS, BLOCKS, RUNS = 16, 2048, 9
 MULTIPROCESSOR = 15  # the place of its number, counted from 1

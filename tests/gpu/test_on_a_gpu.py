@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from psigraph.ir.errors import UsageError
-from psigraph.runtime import synth
-from psigraph.runtime.synth import SMALLEST, Size, write_synth
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import SMALLEST, Size, write_synth
 from psigraph.session import Session, open_session
 
 pytestmark = pytest.mark.gpu

@@ -19,8 +19,9 @@ from nano import PROMPT, write_nano
 
 from psigraph import build, session
 from psigraph.ir.errors import DeviceError, OutOfMemoryError, UsageError
-from psigraph.runtime import compiler, host
-from psigraph.runtime.driver import Driver
+from psigraph.runtime import host
+from psigraph.runtime.cuda import compiler
+from psigraph.runtime.cuda.driver import Driver
 from psigraph.session import Session, open_session
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS, LAUNCH_FAILED, UNKNOWN = 2, 700, 719, 999

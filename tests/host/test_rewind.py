@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from psigraph.ir.errors import UsageError
-from psigraph.runtime.synth import write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
+from psigraph.runtime.synth.model import write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import open_session
 
 

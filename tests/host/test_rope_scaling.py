@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from psigraph.ir.errors import UsageError
-from psigraph.runtime import synth
-from psigraph.runtime.gguf_write import pair
-from psigraph.runtime.synth import SMALLEST, Size, write_synth
+from psigraph.runtime.gguf.write import pair
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import SMALLEST, Size, write_synth
 from psigraph.session import open_session
 
 SCALING = "qwen3.rope.scaling."

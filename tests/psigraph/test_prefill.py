@@ -10,11 +10,11 @@ import pytest
 from tiny_model import Q4
 
 from psigraph import gpu_start
-from psigraph.bench import prompt_record
+from psigraph.bench.measure import prompt_record
 from psigraph.cli.options import prefill_option
 from psigraph.ir.errors import DeviceError, UnsupportedModelError, UsageError
 from psigraph.prefill import PREFILLS, prefill_maker
-from psigraph.runtime import cublas
+from psigraph.runtime.cuda import cublas
 from psigraph.session import open_session
 
 

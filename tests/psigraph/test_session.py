@@ -15,10 +15,10 @@ from psigraph import gpu_start
 from psigraph import session as sessions
 from psigraph.build import Model
 from psigraph.ir.errors import DeviceError, ModelFileError, PolicyRefusal, UnsupportedModelError, UsageError
-from psigraph.runtime.synth import write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
-from psigraph.sampler import SamplerSettings
+from psigraph.runtime.synth.model import write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import open_model_for, open_session
+from psigraph.text.sampler import SamplerSettings
 
 
 class FakeDriver:

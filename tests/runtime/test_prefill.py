@@ -16,20 +16,21 @@ from prefill_graphs import multiply_in_numpy
 from psigraph.build import build_program, open_model
 from psigraph.codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
 from psigraph.codegen.target import target_for
-from psigraph.generation import Decoder, Limits
 from psigraph.ir.errors import OutOfMemoryError, UnsupportedModelError, UsageError
 from psigraph.passes.prefill import prefill_graph
 from psigraph.passes.use_sampler import SAMPLER
-from psigraph.runtime import host, synth
-from psigraph.runtime.compiler import compile_program
-from psigraph.runtime.driver import Driver
+from psigraph.runtime import host
+from psigraph.runtime.cuda.compiler import compile_program
+from psigraph.runtime.cuda.driver import Driver
+from psigraph.runtime.cuda.kernel_cache import KernelCache
 from psigraph.runtime.engine import Engine
-from psigraph.runtime.kernel_cache import KernelCache
 from psigraph.runtime.prefill import FEWEST, PrefillPlan
-from psigraph.runtime.synth import Size, write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
-from psigraph.sampler import SamplerSettings
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import Size, write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import Session, open_session
+from psigraph.text.generation import Decoder, Limits
+from psigraph.text.sampler import SamplerSettings
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
 MEAN_KL, LARGEST_KL = 2e-4, 1e-3

@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "codegen"))
 import q8_memory
 
 from psigraph.ir.errors import UsageError
-from psigraph.perplexity import log_probabilities
-from psigraph.runtime import synth
 from psigraph.runtime.engine import Engine
-from psigraph.runtime.synth import Size, write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import Size, write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import Session, open_session
+from psigraph.text.perplexity import log_probabilities
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny" / "tiny-qwen3-q4_k_m.gguf"
 MEAN_KL, LARGEST_KL = 2e-4, 1e-3

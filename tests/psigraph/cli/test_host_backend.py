@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_model import Q4, reference_greedy
 
+from psigraph.bench.report import read_json, validate_report
 from psigraph.ir.errors import UsageError
-from psigraph.report import read_json, validate_report
 from psigraph.runtime.host.variables import check_variables
 
 SOURCES = (".py", ".h", ".cpp")
