@@ -29,12 +29,9 @@ def __getattr__(name: str) -> Any:
     # What takes long to import is imported when it is asked for: `psigraph --help` need not wait for numpy, and a
     # command on its way to the first token not for importlib.metadata.
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from .version import package_version
 
-        try:
-            return version("psigraph")
-        except PackageNotFoundError:  # imported from a source tree that was never installed
-            return "0+unknown"
+        return package_version()
     if name == "SamplerSettings":
         from .text.sampler import SamplerSettings
 

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..version import package_version
+
 _SECONDS = 20  # an nvidia-smi that takes longer does not answer
 _BUSY_PERCENT = 5  # utilization above this: somebody computes there whose process is not shown (another container)
 _GPU_FIELDS = (
@@ -66,10 +68,8 @@ class GpuSnapshot:
 
 def machine_record() -> dict[str, Any]:
     """Versions, processor and commit; no name and no address of the machine."""
-    from .. import __version__
-
     return {
-        "psigraph": __version__,
+        "psigraph": package_version(),
         "commit": commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
