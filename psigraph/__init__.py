@@ -65,25 +65,20 @@ def load(
     outputs   ("logits",): be ready to give logits back; without it the first `logits` loads the model anew.
     allow_blocked_quantization, expect_sha256: as the command line's options of these names.
     policy    "medpsy": apply the medical policy to any model; MedPsy files bring it with them.
-    options   further ones of `psigraph.session.open_session`: prefill, graph, disable, cache_dtype, on_load, ...
+    options   further ones of `psigraph.options.SessionOptions`: prefill, graph, disable, cache_dtype, on_load, ...
 
     What the policy says about the file comes as UserWarning. Errors are those of `psigraph.ir.errors`: ModelFileError,
     UnsupportedModelError, PolicyRefusal, UsageError, DeviceError, OutOfMemoryError.
     """
     from .api import LanguageModel
+    from .options import SessionOptions
 
     return LanguageModel(
         path,
-        backend,
-        ctx=ctx,
-        kv_type=kv_type,
-        device=device,
-        sampling=sampling,
-        outputs=outputs,
+        SessionOptions(backend, device, ctx, kv_type=kv_type, sampling=sampling, outputs=tuple(outputs), **options),
         allow_blocked_quantization=allow_blocked_quantization,
         expect_sha256=expect_sha256,
         policy=policy,
-        **options,
     )
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from ..ir.errors import UsageError
 from ..ir.program import Program
+from ..options import Filling, SessionOptions
 from ..passes.pipeline import PIPELINE
-from ..session import Filling, Session
+from ..session import Session
 from .measure import Work, environment, filler_ids, prepared
 
 SCHEMA = "psigraph.ablation.v1"
@@ -40,18 +41,20 @@ class Row:
 
 def ablate(
     path: str | os.PathLike[str],
-    backend: str = "cuda",
+    options: SessionOptions,
     *,
     depth: int = 256,
     steps: int = STEPS,
     report: Report | None = None,
     on_start: Callable[[Session], None] | None = None,
-    **options: Any,
+    **preparing: Any,
 ) -> dict[str, Any]:
-    """All rows, as a record of schema `psigraph.ablation.v1`. options: those of `bench.prepared`.
+    """All rows, as a record of schema `psigraph.ablation.v1`.
 
-    backend: "cuda" or "host". on_start: called with the first session, before anything is measured.
+    options: for the backend "cuda" or "host". preparing: options of `measure.prepared`. on_start: called with the first
+    session, before anything is measured.
     """
+    backend = options.backend
     if backend not in ("cuda", "host"):
         raise UsageError(f"--backend {backend}: a pass is worth something in kernels; take cuda, or host to try it out")
     work = Work((0,), steps + steps // 4, 1, "chained", depth)
@@ -65,7 +68,7 @@ def ablate(
             report(row)
 
     for name, disable in _variants():
-        with prepared(path, work, backend, disable=disable, filling=FILLING, **options) as bench:
+        with prepared(path, work, replace(options, disable=disable), filling=FILLING, **preparing) as bench:
             if on_start and not rows:
                 on_start(bench.session)
             where = where or environment(bench.session, bench.snapshot)

@@ -21,14 +21,13 @@ from ..gpu_start import GPU_BACKENDS, GpuStart
 from ..ir.errors import UnsupportedModelError, UsageError
 from ..medpsy.artifact import admit_file, artifact_record, check_model_size
 from ..medpsy.policy import Admission
+from ..options import Filling, Progress, SessionOptions
 from ..runtime.gguf.file import GgufFile
-from ..session import Filling, Session, check_ids, open_session, vocabulary_of
+from ..session import Session, check_ids, open_session, vocabulary_of
 from ..text.sampler import SamplerSettings
 from .environment import GpuSnapshot, machine_record, peak_memory_bytes, seconds_since_start
 from .profile import POSITIONS, Profile, measure_profile
 from .report import build_report
-
-Progress = Callable[[int, int], None]
 
 WARM_UP_TOKENS_ON_CPU = 8  # caches are warm after these, and a whole run would only make people wait
 STEPS_FOR_QUANTILES = 256
@@ -109,37 +108,30 @@ class Bench:
 def prepared(
     path: str | os.PathLike[str],
     work: Work,
-    backend: str = "auto",
+    options: SessionOptions,
     *,
-    ctx: int | None = None,
-    kv_type: str = "f16",
-    device: int = 0,
-    graph: bool = True,
-    disable: Sequence[str] = (),
     model_size: str | None = None,
     allow_blocked: bool = False,
     expect_sha256: str | None = None,
     extra_positions: int = 0,
+    on_hash: Progress | None = None,
     on_admission: Callable[[Admission], None] | None = None,
     on_size: Callable[[str], None] | None = None,
     prompt_name: str = "--prompt-token-ids",
     prompt_tokens: int = 0,
-    prefill: str = "auto",
     filling: Filling = BENCH_FILLING,
-    start: GpuStart | None = None,
-    **hooks: Any,
 ) -> Iterator[Bench]:
     """A session in which `work` can be measured.
 
     The GPU's state is asked for before this process is on it, and the policy before an admitted file's weights are
-    read. start: the GPU's driver, on its way already, best with a snapshot. hooks: on_load and on_compile of
-    `open_session`, on_hash of `admit_file`. prompt_tokens: of the prompt that `prompt_record` is to measure, 0 for
-    none. extra_positions: that a profile needs besides. on_size: gets the model's size before a weight is read; may
-    raise. prompt_name, filling: words for errors.
+    read. options: outputs, sampling, positions, admit and check are those of the work; start: best with a snapshot.
+    on_hash: see `admit_file`. prompt_tokens: of the prompt that `prompt_record` is to measure, 0 for none.
+    extra_positions: that a profile needs besides. on_size: gets the model's size before a weight is read; may raise.
+    prompt_name, filling: words for errors.
     """
-    if start is None and backend in GPU_BACKENDS:
-        start = GpuStart(device, with_snapshot=True)
-    on_hash = hooks.pop("on_hash", None)
+    start = options.start
+    if start is None and options.backend in GPU_BACKENDS:
+        start = GpuStart(options.device, with_snapshot=True)
     admissions: list[Admission] = []
     sizes: list[str] = []
 
@@ -155,21 +147,18 @@ def prepared(
         if on_size:
             on_size(sizes[0])
 
-    outputs = ("logits",) if work.mode == "forced" else ()
-    positions = max(work.positions + extra_positions, prompt_tokens)
+    options = replace(
+        options,
+        outputs=("logits",) if work.mode == "forced" else (),
+        sampling=work.sampler is not None,
+        positions=max(work.positions + extra_positions, prompt_tokens),
+        filling=filling,
+        admit=admit,
+        check=check,
+        start=start,
+    )
     try:
-        session = open_session(
-            *(path, backend, device, ctx, outputs, graph, disable),
-            positions=positions,
-            kv_type=kv_type,
-            sampling=work.sampler is not None,
-            prefill=prefill,
-            admit=admit,
-            check=check,
-            filling=filling,
-            start=start,
-            **hooks,
-        )
+        session = open_session(path, options)
     except BaseException:
         if start is not None:
             start.close()
@@ -180,28 +169,22 @@ def prepared(
 
 def run_bench(
     path: str | os.PathLike[str],
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    backend: str = "auto",
+    work: Work,
+    options: SessionOptions,
     *,
-    repeats: int = 3,
-    mode: str = "chained",
-    depth: int = 0,
-    sampler: SamplerSettings | None = None,
     profile: bool = False,
     prompt_tokens: int = 0,
     on_run: Progress | None = None,
     on_prompt: Progress | None = None,
-    **options: Any,
+    **preparing: Any,
 ) -> dict[str, Any]:
     """The report of a benchmark, as `report.build_report` makes it; nothing is written.
 
-    options: those of `prepared`. profile: time every kernel of the step too. prompt_tokens: measure how fast a prompt
-    of so many tokens goes in too, 0 for no. on_run(runs done, runs in all); on_prompt: see `prompt_record`.
+    preparing: options of `prepared`. profile: time every kernel of the step too. prompt_tokens: measure how fast a
+    prompt of so many tokens goes in too, 0 for no. on_run(runs done, runs in all); on_prompt: see `prompt_record`.
     """
-    work = Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth, sampler)
-    options |= {"extra_positions": POSITIONS if profile else 0, "prompt_tokens": prompt_tokens}
-    with prepared(path, work, backend, **options) as bench:
+    preparing |= {"extra_positions": POSITIONS if profile else 0, "prompt_tokens": prompt_tokens}
+    with prepared(path, work, options, **preparing) as bench:
         return measure(
             *(bench.session, work, bench.admission, bench.model_size, bench.snapshot, on_run),
             profile=profile,
@@ -212,25 +195,21 @@ def run_bench(
 
 def run_sweep(
     path: str | os.PathLike[str],
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    backend: str = "auto",
+    work: Work,
+    options: SessionOptions,
     *,
     depths: Sequence[int],
-    repeats: int = 3,
-    mode: str = "chained",
-    sampler: SamplerSettings | None = None,
     on_run: Progress | None = None,
-    **options: Any,
+    **preparing: Any,
 ) -> list[dict[str, Any]]:
-    """One report a depth, all from one session. options: those of `prepared`."""
-    works = [Work(tuple(prompt_ids), max_new_tokens, repeats, mode, depth, sampler) for depth in depths]
+    """One report of the work a depth, all from one session. preparing: options of `prepared`."""
+    works = [replace(work, depth=depth) for depth in depths]
     if not works:
         raise UsageError("--sweep: give at least one depth, such as depth=0,1024")
     if len({work.depth for work in works}) < len(works):
         raise UsageError("--sweep: a depth stands there twice; give each once")
     deepest = max(works, key=lambda work: work.depth)
-    with prepared(path, deepest, backend, **options) as bench:
+    with prepared(path, deepest, options, **preparing) as bench:
         reports = []
         for index, work in enumerate(works):
             known = (bench.admission, bench.model_size, bench.snapshot)

@@ -9,6 +9,7 @@ import click
 
 from ..json_file import check_writable, write_json_atomically
 from ..medpsy.policy import Admission
+from ..options import SessionOptions
 from .kernels_only import kernels_only
 from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option, kv_type_option
 
@@ -85,14 +86,11 @@ def command(
     with kernels_only():
         record = ablate(
             model,
-            "cuda" if backend == "auto" else backend,
+            SessionOptions("cuda" if backend == "auto" else backend, device, ctx, kv_type),
             depth=depth,
             steps=steps,
             report=show,
             on_start=begin,
-            device=device,
-            ctx=ctx,
-            kv_type=kv_type,
             allow_blocked=allow_blocked,
             expect_sha256=expect_sha256,
             on_admission=warn,

@@ -21,6 +21,7 @@ from ..medpsy.compare import cannot_settle, run_session, settle
 from ..medpsy.matrix import build_matrix, read_source
 from ..medpsy.matrix_view import markdown, plain
 from ..medpsy.policy import OVERRIDE_OPTION, load_policy
+from ..options import SessionOptions
 from .options import FILE_PATH, MODEL_PATH, TOKEN_IDS, Seconds, admission_options
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def check_header(model: Path, ids: tuple[int, ...], max_new_tokens: int, allow_b
     def admit(file: GgufFile) -> None:
         admit_file(file, allow_blocked=allow_blocked, with_digest=False)
 
-    with open_model_for(model, None, len(ids) + max_new_tokens - 1, admit) as opened:
+    with open_model_for(model, SessionOptions(positions=len(ids) + max_new_tokens - 1, admit=admit)) as opened:
         check_ids(ids, vocabulary_of(opened), "--prompt-token-ids")
 
 

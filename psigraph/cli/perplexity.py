@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 
 from ..ir.errors import UsageError
 from ..json_file import check_writable, write_json_atomically
+from ..options import SessionOptions
 from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option, run_options
 from .stages import stages
 from .texts import read_text
@@ -62,12 +64,7 @@ def command(
     max_tokens: int | None,
     save_logits: Path | None,
     json_out: Path | None,
-    backend: str,
-    device: int,
-    ctx: int | None,
-    kv_type: str,
-    no_graph: bool,
-    disable: tuple[str, ...],
+    options: SessionOptions,
     allow_blocked: bool,
     expect_sha256: str | None,
 ) -> None:
@@ -78,6 +75,7 @@ def command(
         raise UsageError("--key names an array of --against; give that too")
     if max_tokens is not None and (text is None or against is not None):
         raise UsageError("--max-tokens shortens a text; it goes with --text alone, since saved logits have their ids")
+    ctx = options.ctx
     if window is not None and ctx is not None and window > ctx:
         raise UsageError(f"--window {window} does not fit into --ctx {ctx}")
     if save_logits is not None and json_out is not None and save_logits.resolve() == json_out.resolve():
@@ -124,20 +122,15 @@ def command(
 
     with stages() as bars:
         on_hash = bars.bar(f"hashing {model.name}", in_bytes=True)
-        session = open_session(
-            model,
-            backend,
-            device,
-            ctx,
+        options = replace(
+            options,
             outputs=("logits",),
-            kv_type=kv_type,
-            graph=not no_graph,
-            disable=disable,
             positions=positions,
             admit=admit,
             on_load=bars.bar("loading weights", in_bytes=True),
             on_compile=bars.bar("compiling kernels"),
         )
+        session = open_session(model, options)
         with session:
             if found and size() != found[0].window:
                 click.echo(f"psigraph: warning: the reference was read in windows of {found[0].window}", err=True)

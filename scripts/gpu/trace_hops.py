@@ -21,6 +21,7 @@ from psigraph.bench.tune import target_of
 from psigraph.codegen.lower import lower
 from psigraph.codegen.profile import _parts
 from psigraph.ir.program import Buffer, Launch, Program
+from psigraph.options import SessionOptions
 from psigraph.runtime.cuda.compiler import compile_program
 from psigraph.runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from psigraph.runtime.engine import Engine
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--target", default="{}", help='fields of the target to change, as JSON: {"cluster": 4}')
     parser.add_argument("--shapes", default="{}", help="launch shapes by product class, as JSON")
     options = parser.parse_args()
-    with open_session(options.model, "cuda", shapes={}) as session:
+    with open_session(options.model, SessionOptions("cuda", shapes={})) as session:
         engine = session.engine
         assert isinstance(engine, Engine)
         target = replace(target_of(session), **json.loads(options.target))

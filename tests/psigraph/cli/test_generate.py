@@ -19,6 +19,7 @@ from psigraph import session as sessions
 from psigraph.cli import run
 from psigraph.medpsy import guard
 from psigraph.medpsy.policy import template_digest
+from psigraph.options import SessionOptions
 from psigraph.runtime.gguf.file import open_gguf
 from psigraph.runtime.tokenizer.bpe import Tokenizer
 
@@ -142,7 +143,7 @@ def test_log_probabilities_are_those_of_the_models_own_logits(
     assert "logprobs" not in plain
     assert record["ids"] == plain["ids"]
     ids = [*record["prompt_ids"], *record["ids"]]
-    with sessions.open_session(Q4, "cpu", ctx=8, outputs=("logits",)) as session:
+    with sessions.open_session(Q4, SessionOptions("cpu", ctx=8, outputs=("logits",))) as session:
         rows = session.forced_logits(ids[:-1])[1:]
     for row, token, told in zip(rows, record["ids"], record["logprobs"], strict=True):
         values = row - np.log(np.exp(row - row.max()).sum()) - row.max()

@@ -14,6 +14,7 @@ from tiny_model import Q4
 
 from psigraph.api import LanguageModel
 from psigraph.ir.errors import OutputError, PolicyRefusal, UsageError
+from psigraph.options import SessionOptions
 from psigraph.text.chat import CHAT_SAMPLER, ChatSettings, Conversation
 from psigraph.text.sampler import SamplerSettings
 
@@ -167,7 +168,7 @@ def test_the_guard_reads_what_is_loaded(tmp_path: Path) -> None:
 
 def test_a_conversation_that_outgrows_the_context_says_so() -> None:
     said: list[str] = []
-    with LanguageModel(Q4, "cpu", ctx=24, warn=said.append) as model:
+    with LanguageModel(Q4, SessionOptions("cpu", ctx=24), warn=said.append) as model:
         talk = Conversation(model, ChatSettings(SamplerSettings(temperature=0)))
         run = talk.ask("The state of the Union.")
         answer = "".join(run)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tiny_model import Q4, reference_greedy
 
 from psigraph.ir.errors import UsageError
+from psigraph.options import SessionOptions
 from psigraph.runtime.gguf.file import open_gguf
 from psigraph.runtime.tokenizer.bpe import Tokenizer
 from psigraph.session import Session, open_session
@@ -150,7 +151,7 @@ def test_what_cannot_run_is_refused_before_anything_is_fed() -> None:
 
 def test_the_real_model_goes_on_where_it_was_with_the_same_tokens() -> None:
     prompt, greedy, _ = reference_greedy(Q4, "one_token")
-    with open_session(Q4, "cpu", ctx=64) as session:
+    with open_session(Q4, SessionOptions("cpu", ctx=64)) as session:
         decoding = Decoder(session)
         assert list(decoding.run(prompt, Limits(6))) == greedy[:6]
         again = decoding.run([*prompt, *greedy[:4]], Limits(4))
@@ -180,7 +181,7 @@ class Listed:
 
 def test_log_probabilities_are_given_for_tokens_that_are_given() -> None:
     prompt, greedy, _ = reference_greedy(Q4, "one_token")
-    with open_session(Q4, "cpu", ctx=64, outputs=("logits",)) as session:
+    with open_session(Q4, SessionOptions("cpu", ctx=64, outputs=("logits",))) as session:
         at = next(index for index, token in enumerate(greedy) if token in session.end_tokens)
         run = Decoder(session).run([*prompt, *greedy[: at - 2]], Limits(9, logprobs=1))
         assert (list(run), run.reason) == (greedy[at - 2 : at], "end")

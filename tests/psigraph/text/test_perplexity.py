@@ -13,6 +13,7 @@ from tiny_model import Q4, TINY, divergence, reference_logits
 
 from psigraph.cli import run
 from psigraph.ir.errors import OutputError, PsigraphError, UsageError
+from psigraph.options import SessionOptions
 from psigraph.session import open_session
 from psigraph.text.perplexity import Reference, load_reference, log_probabilities, measure, save_logits
 
@@ -91,7 +92,7 @@ def test_the_tiny_model_against_its_reference() -> None:
     saved = load_reference(SAVED, "Q4_K_M")
     assert (saved.key, saved.ids, saved.window) == ("logits_q4_k_m", ids, 64)
     part = Reference(saved.name, saved.key, ids[:20], 20, saved.logits[:20])
-    with open_session(Q4, "cpu", ctx=20, outputs=("logits",)) as session:
+    with open_session(Q4, SessionOptions("cpu", ctx=20, outputs=("logits",))) as session:
         result = measure(session, ids[:20], 20, part)
         assert result.divergences is not None
         assert result.divergences.max() <= 1e-6
