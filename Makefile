@@ -54,6 +54,7 @@ lint: .venv/installed-dev
 	ln -s "$(CURDIR)"/psigraph/* "$(CURDIR)"/{ir,passes,codegen,runtime,models} .make/typed/psigraph/
 	cd .make/typed
 	../../$(VENV) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p psigraph
+	../../$(VENV) -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy ../../scripts/release/gate.py
 
 # The tools run as `python -m`, never through the scripts beside it, whose first line holds the path where the
 # environment was made: so a moved repository needs nothing but a new install. The stamp holds that path.

@@ -6,7 +6,7 @@ are exact. The few operations on float32 are single IEEE additions and multiplic
 no compiler may fuse, and logits are taken as float32 whatever the interpreter computes in.
 
 The settings are one constant of 32-bit words, so that one captured graph serves all of them
-(`psigraph.sampler.SamplerSettings` packs it):
+(`psigraph.text.sampler.SamplerSettings` packs it):
 
     word  type  content
     0     i32   top_k: how many tokens stay; 0: all

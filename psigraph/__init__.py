@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .api import LanguageModel
-    from .compilation import Compilation
+    from .inspect.compilation import Compilation
 
     __version__: str
 
@@ -29,14 +29,11 @@ def __getattr__(name: str) -> Any:
     # What takes long to import is imported when it is asked for: `psigraph --help` need not wait for numpy, and a
     # command on its way to the first token not for importlib.metadata.
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from .version import package_version
 
-        try:
-            return version("psigraph")
-        except PackageNotFoundError:  # imported from a source tree that was never installed
-            return "0+unknown"
+        return package_version()
     if name == "SamplerSettings":
-        from .sampler import SamplerSettings
+        from .text.sampler import SamplerSettings
 
         return SamplerSettings
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -68,25 +65,20 @@ def load(
     outputs   ("logits",): be ready to give logits back; without it the first `logits` loads the model anew.
     allow_blocked_quantization, expect_sha256: as the command line's options of these names.
     policy    "medpsy": apply the medical policy to any model; MedPsy files bring it with them.
-    options   further ones of `psigraph.session.open_session`: prefill, graph, disable, cache_dtype, on_load, ...
+    options   further ones of `psigraph.options.SessionOptions`: prefill, graph, disable, cache_dtype, on_load, ...
 
     What the policy says about the file comes as UserWarning. Errors are those of `psigraph.ir.errors`: ModelFileError,
     UnsupportedModelError, PolicyRefusal, UsageError, DeviceError, OutOfMemoryError.
     """
     from .api import LanguageModel
+    from .options import SessionOptions
 
     return LanguageModel(
         path,
-        backend,
-        ctx=ctx,
-        kv_type=kv_type,
-        device=device,
-        sampling=sampling,
-        outputs=outputs,
+        SessionOptions(backend, device, ctx, kv_type=kv_type, sampling=sampling, outputs=tuple(outputs), **options),
         allow_blocked_quantization=allow_blocked_quantization,
         expect_sha256=expect_sha256,
         policy=policy,
-        **options,
     )
 
 
@@ -103,7 +95,7 @@ def compile(
     arches: such as "sm_90a"; none: this machine's GPU, or sm_90a. disable: passes to leave out. ctx: positions that
     the KV cache holds, kv_type: their type, "f16" or "q8". Errors are those of `psigraph.ir.errors`.
     """
-    from .compilation import (
+    from .inspect.compilation import (
         compile_stages,
         default_target,
         gpu_target,

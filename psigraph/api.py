@@ -14,23 +14,24 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, overload
 
 import numpy as np
 
-from .artifact import admit_file
-from .generation import GREEDY, Decoder, Limits, TextRun, TokenRun
-from .gpu_start import GpuStart
-from .guard import Guard, guard_for
 from .ir.errors import PolicyRefusal, UsageError
-from .policy import Admission
-from .prompt import BackgroundTokenizer
-from .runtime.gguf_file import GgufFile
-from .runtime.tokenizer import Tokenizer
-from .sampler import SamplerSettings
+from .medpsy.artifact import admit_file
+from .medpsy.guard import Guard, guard_for
+from .medpsy.policy import Admission
+from .options import Progress, SessionOptions
+from .runtime.gguf.file import GgufFile
+from .runtime.tokenizer.bpe import Tokenizer
 from .session import Session, open_session
-from .template import ChatTemplate, Message, check_messages
+from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
+from .text.prompt import BackgroundTokenizer
+from .text.sampler import SamplerSettings
+from .text.template import ChatTemplate, Message, check_messages
 
 LONG_PROMPT = 512
 """Tokens of the prompt that a model is made ready for."""
@@ -56,23 +57,20 @@ class LanguageModel:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        backend: str,
+        options: SessionOptions,
         *,
-        outputs: Sequence[str] = (),
-        sampling: bool = False,
         allow_blocked_quantization: bool = False,
         expect_sha256: str | None = None,
         policy: str | None = None,
         warn: Warn | None = None,
-        on_hash: Callable[[int, int], None] | None = None,
-        start: GpuStart | None = None,
-        **options: Any,
+        on_hash: Progress | None = None,
     ) -> None:
-        """See `psigraph.load`. warn: gets the policy's warnings; None: Python's warnings. start: see `open_session`."""
+        """See `psigraph.load`. options: without admit and check. warn: gets the policy's warnings; None: Python's."""
+        if options.admit is not None or options.check is not None:
+            raise TypeError("admit and check are the model's own")
         if policy not in (None, "medpsy"):
             raise UsageError(f"policy is {policy!r}; give 'medpsy', or None")
-        self._path, self._backend, self._options = path, backend, options
-        self._outputs, self._sampling = tuple(outputs), sampling
+        self._path = path
         self._tokenizer = BackgroundTokenizer()
         self._template: ChatTemplate | None = None
 
@@ -87,9 +85,9 @@ class LanguageModel:
                 on_hash=on_hash,
             )
 
-        self._admit = admit
+        self._options = replace(options, admit=admit)
         try:
-            self._open(check=self._tokenizer.start, start=start)
+            self._open(replace(self._options, check=self._tokenizer.start))
         except BaseException:
             self._tokenizer.close()
             raise
@@ -100,16 +98,8 @@ class LanguageModel:
             else:
                 warn(warning)
 
-    def _open(self, **hooks: Any) -> None:
-        self.session = open_session(
-            self._path,
-            self._backend,
-            outputs=self._outputs,
-            sampling=self._sampling,
-            admit=self._admit,
-            **self._options,
-            **hooks,
-        )
+    def _open(self, options: SessionOptions) -> None:
+        self.session = open_session(self._path, options)
         try:
             if self.session.backend == "cuda":  # elsewhere kernels take longer to compile than most prompts to run
                 self.session.expect_prompt(LONG_PROMPT)
@@ -120,14 +110,20 @@ class LanguageModel:
 
     def _have(self, *, sampling: bool = False, logits: bool = False) -> None:
         """Loads the model anew, once, where a request needs what the loaded program leaves out."""
-        if (sampling and not self._sampling) or (logits and "logits" not in self._outputs):
-            self._sampling |= sampling
-            self._outputs = tuple(dict.fromkeys((*self._outputs, *(("logits",) if logits else ()))))
+        had = self._options
+        if (sampling and not had.sampling) or (logits and "logits" not in had.outputs):
+            self._options = replace(
+                had,
+                sampling=had.sampling or sampling,
+                outputs=tuple(dict.fromkeys((*had.outputs, *(("logits",) if logits else ())))),
+                # The first load's driver is gone, and whoever showed its progress is done with it.
+                start=None,
+                on_load=None,
+                on_compile=None,
+            )
             self._tokenizer.wait()  # it reads the file that is about to be closed
             self.session.close()
-            for shown in ("on_load", "on_compile"):  # whoever showed the first load's progress is done with it
-                self._options.pop(shown, None)
-            self._open()
+            self._open(self._options)
 
     @property
     def context(self) -> int:

@@ -13,13 +13,13 @@ from .codegen.lower import lower
 from .codegen.target import Target
 from .ir.errors import ModelFileError, UnsupportedModelError
 from .ir.graph import Graph, TensorType
-from .ir.loader import available_specs, load_spec
 from .ir.program import Program
-from .ir.spec import Binding, ModelSpec, check_cache_type
+from .ir.spec.loader import available_specs, load_spec
+from .ir.spec.model import Binding, ModelSpec, check_cache_type
 from .ir.types import CACHE_DTYPES
 from .passes.pipeline import PassReport, run_pipeline
 from .passes.use_sampler import use_sampler
-from .runtime.gguf_file import GgufFile, open_gguf
+from .runtime.gguf.file import GgufFile, open_gguf
 
 Observe = Callable[[str, Graph], None]
 

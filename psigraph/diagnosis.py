@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .ir.errors import PsigraphError
-from .runtime.kernel_cache import default_cache_dir
+from .runtime.cuda.kernel_cache import default_cache_dir
 
 OLDEST_CAPABILITY = (8, 0)  # kernels use bulk copies of sm_90 where there are any, and cp.async of sm_80 elsewhere
 OLDEST_DRIVER = (13, 0)  # cubins of a CUDA 13 compiler load from the first driver of that major version on
@@ -139,7 +139,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _nvrtc() -> Check:
     try:
-        from .runtime.nvrtc import nvrtc_version
+        from .runtime.cuda.nvrtc import nvrtc_version
 
         return Check("NVRTC", "ok", nvrtc_version())
     except (PsigraphError, ImportError, RuntimeError) as error:

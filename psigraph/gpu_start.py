@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from .ir.errors import PsigraphError
 
 if TYPE_CHECKING:
-    from .environment import GpuSnapshot
-    from .runtime.driver import Driver
+    from .bench.environment import GpuSnapshot
+    from .runtime.cuda.driver import Driver
 
 GPU_BACKENDS = ("auto", "cuda")
 
@@ -60,7 +60,7 @@ class GpuStart:
 
 def start_driver(device: int) -> Driver:
     """The driver's context, made in this thread; whoever uses it makes it current elsewhere."""
-    from .runtime.driver import Driver
+    from .runtime.cuda.driver import Driver
 
     return Driver(device)
 
@@ -77,13 +77,13 @@ def _load_compiler(driver: Future[Driver]) -> None:
     """NVRTC names its version in the kernel cache's keys, and a hundred megabytes are loaded for that."""
     if driver.exception() is not None:
         return
-    from .runtime.nvrtc import nvrtc_version
+    from .runtime.cuda.nvrtc import nvrtc_version
 
     with suppress(PsigraphError, RuntimeError):
         nvrtc_version()
 
 
 def _ask_who_is_there() -> GpuSnapshot:
-    from .environment import GpuSnapshot
+    from .bench.environment import GpuSnapshot
 
     return GpuSnapshot()

@@ -9,11 +9,11 @@ from .codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
 from .codegen.target import Target
 from .ir.errors import UsageError
 from .passes.prefill import prefill_graph
-from .runtime.kernel_cache import KernelCache, default_cache_dir
+from .runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from .runtime.prefill import Library, PrefillMaker, PrefillPlan
 
 if TYPE_CHECKING:
-    from .runtime.driver import Driver
+    from .runtime.cuda.driver import Driver
 
 PREFILLS = ("auto", "own", "library", "off")
 
@@ -43,7 +43,7 @@ def prefill_maker(
         return None
 
     def make() -> PrefillPlan:
-        from .runtime.compiler import compile_program
+        from .runtime.cuda.compiler import compile_program
 
         library = _library(driver, prefill) if backend == "cuda" and prefill in ("auto", "library") else None
         try:
@@ -61,7 +61,7 @@ def prefill_maker(
 
 
 def _library(driver: Driver, prefill: str) -> Library | None:
-    from .runtime.cublas import open_cublas
+    from .runtime.cuda.cublas import open_cublas
 
     library, reason = open_cublas(driver)
     if library is None and prefill == "library":

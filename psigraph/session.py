@@ -1,6 +1,6 @@
 """One model, ready to decode, wherever it runs: on a GPU, on the stand-in driver, or in numpy.
 
-with open_session("model.gguf") as session:
+with open_session("model.gguf", SessionOptions("cuda", ctx=8192)) as session:
     session.feed([151644])
     for tokens in session.decode(64):
         ...
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from . import gpu_start
+from .bench.report import ENGINES
+from .bench.tuned import load_tuned
 from .build import Model, fuse, open_model
 from .codegen.lower import lower
 from .codegen.target import Target, arch_of_capability, stand_in_target, target_for
@@ -25,33 +27,20 @@ from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import DeviceError, UsageError
 from .ir.graph import Graph, TensorType
 from .ir.program import Program
-from .ir.spec import check_cache_type
+from .ir.spec.model import check_cache_type
 from .ir.types import CACHE_DTYPES
+from .options import DEFAULTS, Progress, SessionOptions
 from .passes.use_sampler import SAMPLER
 from .prefill import EXPLICIT, check_prefill, prefill_maker
-from .report import ENGINES
-from .runtime.gguf_file import GgufFile
-from .runtime.kernel_cache import KernelCache, default_cache_dir
+from .runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from .runtime.prefill import FEWEST
-from .sampler import SamplerSettings
-from .tuned import load_tuned
+from .text.sampler import SamplerSettings
 
 if TYPE_CHECKING:
-    from .runtime.driver import DeviceFacts, Driver
+    from .runtime.cuda.driver import DeviceFacts, Driver
 
 BACKENDS = ("auto", "cuda", "host", "cpu")
 STAND_IN_NAME = "psigraph host target"
-
-Progress = Callable[[int, int], None]
-Positions = int | Callable[[Model], int] | None
-
-
-@dataclass(frozen=True)
-class Filling:
-    """Words for a request that does not fit into the context: what fills it, and what the user can do."""
-
-    what: str = "prompt and new tokens"
-    advice: str = "shorten the prompt or lower --max-new-tokens"
 
 
 class DecodeEngine(Protocol):
@@ -222,73 +211,23 @@ class Session:
         self.close()
 
 
-def open_session(
-    path: str | os.PathLike[str],
-    backend: str = "auto",
-    device: int = 0,
-    ctx: int | None = None,
-    outputs: Sequence[str] = (),
-    graph: bool = True,
-    disable: Sequence[str] = (),
-    *,
-    positions: Positions = None,
-    shapes: dict[str, dict[str, int]] | None = None,
-    kv_type: str = CACHE_DTYPES[0],
-    cache_dtype: str = "f16",
-    sampling: bool = False,
-    prefill: str = "auto",
-    admit: Callable[[GgufFile], None] | None = None,
-    check: Callable[[Model], None] | None = None,
-    filling: Filling = Filling(),
-    start: GpuStart | None = None,
-    on_load: Progress | None = None,
-    on_compile: Progress | None = None,
-) -> Session:
+def open_session(path: str | os.PathLike[str], options: SessionOptions = DEFAULTS) -> Session:
     """Open a model file and make it ready to decode.
-
-    backend      "cuda", "host" (generated kernels on this machine's CPU), "cpu" (numpy), or "auto": a GPU if one
-                 works, else numpy.
-    device       number of the GPU; the stand-in driver has one.
-    ctx          positions that the caches hold; None: 4096, or `positions` if that is more, as far as the model allows.
-    outputs      ("logits",) to read logits back.
-    graph        replay a captured CUDA graph; False launches kernel after kernel.
-    disable      passes to leave out.
-    positions    how many positions the caller is going to fill, or a function that says so for the opened model.
-    shapes       launch shapes, see `codegen.lower.lower`; None: those that `psigraph tune` kept for this GPU.
-    kv_type      "f16", or "q8": about half the memory of the KV cache, its keys and values rounded to 8 bits.
-    cache_dtype  "f16", or "f32": a cache that is not rounded, in numpy only.
-    sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
-    prefill      how prompts go in, see `prefill`: "own" kernels by chunks, a "library"'s products, "off": token by
-                 token, "auto": the library on a GPU that has one, else own kernels, else, and always in numpy, token
-                 by token. "own" and "library" are errors where they cannot be done.
-    admit        called with the open file before anything else is asked of it, check: with the model before any
-                 weight is read; both may raise.
-    filling      how errors speak of `positions`.
-    start        the driver of GPU `device`, on its way already; the session owns it then.
-    on_load      (bytes read, bytes in all); on_compile: (kernels compiled, kernels in all).
 
     Raises the errors of `open_model`, UsageError for options that cannot work, DeviceError and OutOfMemoryError.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
-    check_cache_type(kv_type)
-    if cache_dtype != "f16" and (backend != "cpu" or kv_type != CACHE_DTYPES[0]):
-        raise UsageError(f"a {cache_dtype} cache: only the backend cpu has it, without a --kv-type of another")
-    if device and backend in ("cpu", "host"):
-        why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
-        raise UsageError(f"--device {device}: {why}; leave it out, or take --backend cuda")
-    check_prefill(prefill, backend)
-    opener = _Opener(device, outputs, graph, disable, shapes, cache_dtype, sampling, prefill, on_load, on_compile)
+    _check(options)
+    opener = _Opener(options)
     # A driver takes a third of a second to start, which the header and the passes can use.
-    starting = (start or GpuStart(device)) if backend in GPU_BACKENDS else None
+    starting = (options.start or GpuStart(options.device)) if options.backend in GPU_BACKENDS else None
     model: Model | None = None
     try:
         began = time.perf_counter()
-        model = open_model_for(path, ctx, positions, admit, filling, kv_type)
-        if check is not None:
-            check(model)
+        model = open_model_for(path, options)
+        if options.check is not None:
+            options.check(model)
         opener.timings["open_ms"] = 1e3 * (time.perf_counter() - began)
-        return opener.open(model, backend, starting)
+        return opener.open(model, starting)
     except BaseException:
         if starting is not None:
             starting.close()
@@ -297,19 +236,27 @@ def open_session(
         raise
 
 
-def open_model_for(
-    path: str | os.PathLike[str],
-    ctx: int | None = None,
-    positions: Positions = None,
-    admit: Callable[[GgufFile], None] | None = None,
-    filling: Filling = Filling(),
-    kv_type: str = CACHE_DTYPES[0],
-) -> Model:
-    """A model file whose caches will hold `positions` (see `open_session`); reads no weights.
+def _check(options: SessionOptions) -> None:
+    """UsageError for options that no model can be opened with."""
+    backend, kv_type, cache_dtype = options.backend, options.kv_type, options.cache_dtype
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend {backend}: choose one of {', '.join(BACKENDS)}")
+    check_cache_type(kv_type)
+    if cache_dtype != "f16" and (backend != "cpu" or kv_type != CACHE_DTYPES[0]):
+        raise UsageError(f"a {cache_dtype} cache: only the backend cpu has it, without a --kv-type of another")
+    if options.device and backend in ("cpu", "host"):
+        why = "numpy uses no GPU" if backend == "cpu" else "the stand-in driver has one device, number 0"
+        raise UsageError(f"--device {options.device}: {why}; leave it out, or take --backend cuda")
+    check_prefill(options.prefill, backend)
+
+
+def open_model_for(path: str | os.PathLike[str], options: SessionOptions = DEFAULTS) -> Model:
+    """A model file whose caches will hold `options.positions`; reads no weights.
 
     UsageError if they cannot, naming what would work.
     """
-    model = open_model(path, ctx, admit, kv_type)
+    ctx, positions, filling = options.ctx, options.positions, options.filling
+    model = open_model(path, ctx, options.admit, options.kv_type)
     try:
         if callable(positions):
             positions = positions(model)
@@ -323,7 +270,8 @@ def open_model_for(
         if ctx is not None:
             raise UsageError(f"--ctx {ctx}: {filling.what} fill {positions} positions; give at least that many")
         types = {name: TensorType(info.dtype, info.shape) for name, info in model.file.tensors.items()}
-        return Model(model.file, model.spec, model.spec.bind(model.file.metadata, types, positions, kv_type))
+        binding = model.spec.bind(model.file.metadata, types, positions, options.kv_type)
+        return Model(model.file, model.spec, binding)
     except BaseException:
         model.file.close()
         raise
@@ -345,60 +293,48 @@ def check_ids(ids: Sequence[int], vocabulary: int, named: str = "") -> None:
 
 
 class _Opener:
-    """The options of `open_session` on their way to an engine."""
+    """The way of a model from its options to an engine."""
 
-    def __init__(
-        self,
-        device: int,
-        outputs: Sequence[str],
-        graph: bool,
-        disable: Sequence[str],
-        shapes: dict[str, dict[str, int]] | None,
-        cache_dtype: str,
-        sampling: bool,
-        prefill: str,
-        on_load: Progress | None,
-        on_compile: Progress | None,
-    ) -> None:
-        self.device, self.outputs, self.graph, self.disable = device, outputs, graph, disable
-        self.shapes, self.cache_dtype, self.sampling = shapes, cache_dtype, sampling
-        self.prefill, self.on_load, self.on_compile = prefill, on_load, on_compile
+    def __init__(self, options: SessionOptions) -> None:
+        self.options = options
         self.timings: dict[str, float] = {}
-        self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if sampling else {}
+        self.constants = {SAMPLER: SamplerSettings(temperature=0.0).words()} if options.sampling else {}
 
-    def open(self, model: Model, backend: str, starting: GpuStart | None) -> Session:
+    def open(self, model: Model, starting: GpuStart | None) -> Session:
+        options = self.options
         ends = _end_tokens(model)
         began = time.perf_counter()
-        fused = fuse(model.graph(self.outputs, self.sampling), self.disable)[0]
+        fused = fuse(model.graph(options.outputs, options.sampling), options.disable)[0]
         self._lap("fuse_ms", began)
         if starting is not None:
             began = time.perf_counter()
-            found, reason = _settled(starting, may_fail=backend == "auto")
+            found, reason = _settled(starting, may_fail=options.backend == "auto")
             self._lap("driver_ms", began)
             if found is not None:
                 return self._on_device("cuda", model, fused, ends, found)
-            check_prefill(self.prefill, "cpu", f"no GPU works here ({reason}), and ")
+            check_prefill(options.prefill, "cpu", f"no GPU works here ({reason}), and ")
             return self._in_numpy(model, fused, ends, reason)
-        if backend == "cpu":
+        if options.backend == "cpu":
             return self._in_numpy(model, fused, ends, "")
         from .runtime import host
 
         began = time.perf_counter()
         host.activate()
-        driver = gpu_start.start_driver(self.device)
+        driver = gpu_start.start_driver(options.device)
         self._lap("driver_ms", began)
         return self._on_device("host", model, fused, ends, driver)
 
     def _shapes(self, backend: str, facts: DeviceFacts) -> dict[str, dict[str, int]]:
         """The shapes asked for, or those that `psigraph tune` keeps for this GPU, or the built-in ones."""
-        if self.shapes is not None:
-            return self.shapes
+        if self.options.shapes is not None:
+            return self.options.shapes
         return load_tuned(facts) if backend == "cuda" else {}
 
     def _on_device(self, backend: str, model: Model, fused: Graph, ends: tuple[int, ...], driver: Driver) -> Session:
-        from .runtime.compiler import compile_program
+        from .runtime.cuda.compiler import compile_program
         from .runtime.engine import Engine
 
+        options = self.options
         try:
             driver.call("cuCtxSetCurrent", driver.context)
             facts = driver.facts()
@@ -411,7 +347,7 @@ class _Opener:
             program = lower(fused, target, shapes)
             self._lap("lower_ms", began)
             began = time.perf_counter()
-            compiled = compile_program(program, arch, KernelCache(default_cache_dir()), self.on_compile)
+            compiled = compile_program(program, arch, KernelCache(default_cache_dir()), options.on_compile)
             self._lap("compile_ms", began)
             engine = Engine(
                 driver,
@@ -419,13 +355,13 @@ class _Opener:
                 compiled,
                 model,
                 end_tokens=ends,
-                graph=self.graph,
-                progress=self.on_load,
+                graph=options.graph,
+                progress=options.on_load,
                 constants=self.constants,
-                prefill=prefill_maker(self.prefill, backend, model, self.sampling, target, driver),
-                must_prefill=f"prefill {self.prefill}" if self.prefill in EXPLICIT else "",
+                prefill=prefill_maker(options.prefill, backend, model, options.sampling, target, driver),
+                must_prefill=f"prefill {options.prefill}" if options.prefill in EXPLICIT else "",
             )
-            if self.prefill == "library":  # who asks for it hears now, and not at the first prompt, that there is none
+            if options.prefill == "library":  # who asks hears now, and not at the first prompt, that there is none
                 try:
                     engine.prepare_prefill()
                 except BaseException:
@@ -446,7 +382,7 @@ class _Opener:
             "launch_shapes": "tuned" if shapes else "built in",
             "kv_type": model.binding.kv_type,
             "arithmetic": f"int8 dot products of two digits, float32 sums, {model.binding.kv_type} cache",
-            "graph": self.graph,
+            "graph": options.graph,
             "device_bytes": engine.arena_bytes,
             "weight_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "weight"),
             "state_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "state"),
@@ -456,11 +392,12 @@ class _Opener:
     def _in_numpy(self, model: Model, fused: Graph, ends: tuple[int, ...], reason: str) -> Session:
         from .numpy_path import NumpyEngine
 
+        options = self.options
         engine = NumpyEngine(
-            fused, model, ends, cache_dtype=self.cache_dtype, progress=self.on_load, constants=self.constants
+            fused, model, ends, cache_dtype=options.cache_dtype, progress=options.on_load, constants=self.constants
         )
         self._engine_timings(engine.timings)
-        kv_type = self.cache_dtype if self.cache_dtype != "f16" else model.binding.kv_type
+        kv_type = options.cache_dtype if options.cache_dtype != "f16" else model.binding.kv_type
         facts = {
             "kv_type": kv_type,
             "arithmetic": f"numpy {np.dtype(engine.dtype).name}, {kv_type} cache",
@@ -496,7 +433,7 @@ def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
         if may_fail:
             return None, str(error)
         if isinstance(error, UsageError):
-            from .runtime.driver import OTHER_BACKENDS
+            from .runtime.cuda.driver import OTHER_BACKENDS
 
             raise DeviceError(f"{facts.name}: {error}; {OTHER_BACKENDS}") from None
         raise
@@ -504,7 +441,7 @@ def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
 
 
 def _end_tokens(model: Model) -> tuple[int, ...]:
-    from .runtime.end_tokens import end_tokens
+    from .runtime.tokenizer.end_tokens import end_tokens
 
     return end_tokens(model.file)
 

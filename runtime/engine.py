@@ -17,8 +17,8 @@ import numpy as np
 
 from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, UsageError
 from ..ir.program import Buffer, Launch, Program
-from .compiler import CompiledKernel
-from .driver import Driver, HostMemory
+from .cuda.compiler import CompiledKernel
+from .cuda.driver import Driver, HostMemory
 from .measuring import PROBE, Timings, read_bandwidth, step_times
 from .prefill import FEWEST, Prefill, PrefillMaker
 from .replay import captured, replayed

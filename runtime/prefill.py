@@ -15,8 +15,8 @@ import numpy as np
 
 from ..ir.errors import DeviceError, UsageError
 from ..ir.program import LIBRARY_PRODUCT, Launch, Program
-from .compiler import CompiledKernel
-from .driver import HostMemory
+from .cuda.compiler import CompiledKernel
+from .cuda.driver import HostMemory
 from .tables import table_values
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _SPAN_BYTES = 8
 
 
 class Library(Protocol):
-    """Products of halves with float32 sums, by somebody else's code (`runtime.cublas`)."""
+    """Products of halves with float32 sums, by somebody else's code (`runtime.cuda.cublas`)."""
 
     name: str
 

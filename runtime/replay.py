@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .driver import Driver, HostMemory
+from .cuda.driver import Driver, HostMemory
 
 if TYPE_CHECKING:
     from .engine import Engine

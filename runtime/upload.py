@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ..ir.errors import ModelFileError
 from ..ir.program import Buffer, Program
-from .driver import Driver, HostMemory
+from .cuda.driver import Driver, HostMemory
 
 SLAB_BYTES = 32 * 2**20
 READ_BYTES = 4 * 2**20

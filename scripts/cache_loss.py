@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from psigraph.compilation import source_of_size
-from psigraph.inspection import cache_bytes
+from psigraph.inspect.compilation import source_of_size
+from psigraph.inspect.inspection import cache_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "fixtures" / "tiny"

@@ -17,7 +17,7 @@ typedef unsigned long long u64;
 #define METHOD __device__ __forceinline__
 #define FULL_WARP 0xffffffffu
 // A kernel's bounds: blocks of `threads`, each of which may use `most` registers, or as many as the block's size allows.
-// Where the assembler spills, runtime/nvrtc.py compiles again with MORE_REGISTERS, and at last with ONE_BLOCK: one block
+// Where the assembler spills, runtime/cuda/nvrtc.py compiles again with MORE_REGISTERS, and at last with ONE_BLOCK: one block
 // a multiprocessor is enough then.
 #ifndef MORE_REGISTERS
 #define MORE_REGISTERS 0

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from ..json_file import check_writable, write_json_atomically
-from ..policy import Admission
+from ..medpsy.policy import Admission
+from ..options import SessionOptions
 from .kernels_only import kernels_only
 from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option, kv_type_option
 
 if TYPE_CHECKING:
-    from ..ablation import Row
+    from ..bench.ablation import Row
     from ..session import Session
 
 EPILOG = """\b
@@ -58,7 +59,7 @@ def command(
     """Measure what each pass and feature is worth: MODEL's step with one of them off at a time."""
     if json_out is not None:
         check_writable(json_out)
-    from ..ablation import ablate
+    from ..bench.ablation import ablate
 
     first: list[float] = []
 
@@ -85,14 +86,11 @@ def command(
     with kernels_only():
         record = ablate(
             model,
-            "cuda" if backend == "auto" else backend,
+            SessionOptions("cuda" if backend == "auto" else backend, device, ctx, kv_type),
             depth=depth,
             steps=steps,
             report=show,
             on_start=begin,
-            device=device,
-            ctx=ctx,
-            kv_type=kv_type,
             allow_blocked=allow_blocked,
             expect_sha256=expect_sha256,
             on_admission=warn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..bench.report import validate_report
 from ..ir.errors import UsageError
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
-from ..policy import Admission
-from ..report import validate_report
+from ..medpsy.policy import Admission
+from ..options import SessionOptions
 from .begin_gpu import begin_gpu
 from .options import (
     DEPTHS,
@@ -97,7 +99,6 @@ def command(
     model_path: Path,
     artifact_kind: str,
     model_size: str | None,
-    backend: str,
     prompt: tuple[int, ...],
     max_new_tokens: int,
     repeats: int,
@@ -108,12 +109,7 @@ def command(
     sweep: tuple[int, ...] | None,
     baseline: Path | None,
     sampling: dict[str, Any],
-    device: int,
-    ctx: int | None,
-    kv_type: str,
-    no_graph: bool,
-    disable: tuple[str, ...],
-    prefill: str,
+    options: SessionOptions,
     allow_blocked: bool,
     expect_sha256: str | None,
     json_out: Path | None,
@@ -135,20 +131,20 @@ def command(
     if sampling and profile:
         raise UsageError("--profile times the kernels of the greedy step; give it without sampling options")
     before = read_json(baseline) if baseline is not None else None
-    start = begin_gpu(backend, device, with_snapshot=True)
+    start = begin_gpu(options.backend, options.device, with_snapshot=True)
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
-    from ..baseline import check_baseline, check_work, compare_reports
-    from ..bench import run_bench, run_sweep
-    from ..sampler import SamplerSettings
+    from ..bench.baseline import check_baseline, check_work, compare_reports
+    from ..bench.measure import Work, run_bench, run_sweep
+    from ..text.sampler import SamplerSettings
 
     sampler = SamplerSettings(**sampling) if sampling else None  # seed 0: the same tokens every time
     if sampler is not None and sampler.greedy:
         sampler = None  # as `generate` and `chat` have it: another graph takes the likeliest token
     if before is not None:
         known = {"prompt_tokens": list(prompt), "max_new_tokens": max_new_tokens, "decode_row": mode, "depth": depth}
-        known |= {"kv_type": kv_type, "sampler": sampler.record() if sampler is not None else None}
+        known |= {"kv_type": options.kv_type, "sampler": sampler.record() if sampler is not None else None}
         check_baseline(before)
-        check_work(before, known if backend == "auto" else {**known, "backend": backend})
+        check_work(before, known if options.backend == "auto" else {**known, "backend": options.backend})
 
     def check_size(size: str) -> None:
         if before is not None:
@@ -156,35 +152,31 @@ def command(
 
     given = click.get_current_context().get_parameter_source("prompt") is not ParameterSource.DEFAULT
 
+    work = Work(prompt, max_new_tokens, repeats, mode, depth, sampler)
+
     with stages() as bars:
-        options: dict[str, Any] = {
-            "repeats": repeats,
-            "mode": mode,
-            "sampler": sampler,
-            "ctx": ctx,
-            "kv_type": kv_type,
-            "device": device,
-            "graph": not no_graph,
-            "disable": disable,
-            "prefill": prefill,
+        preparing: dict[str, Any] = {
             "model_size": model_size,
             "allow_blocked": allow_blocked,
             "expect_sha256": expect_sha256,
-            "start": start,
             "on_admission": _warn,
             "on_size": check_size,
             "prompt_name": "--prompt-token-ids" if given else "--prompt-token-ids (not given, so 151644)",
             "on_hash": bars.bar(f"hashing {model_path.name}", in_bytes=True),
-            "on_compile": bars.bar("compiling kernels"),
-            "on_load": bars.bar("loading weights", in_bytes=True),
-            "on_run": bars.bar("measuring"),
         }
+        options = replace(
+            options,
+            start=start,
+            on_compile=bars.bar("compiling kernels"),
+            on_load=bars.bar("loading weights", in_bytes=True),
+        )
+        on_run = bars.bar("measuring")
         if sweep:
-            reports = run_sweep(model_path, prompt, max_new_tokens, backend, depths=sweep, **options)
+            reports = run_sweep(model_path, work, options, depths=sweep, on_run=on_run, **preparing)
         else:
-            options |= {"depth": depth, "profile": profile, "prompt_tokens": prompt_tokens}
-            options["on_prompt"] = bars.bar("measuring the prompt")
-            reports = [run_bench(model_path, prompt, max_new_tokens, backend, **options)]
+            preparing |= {"profile": profile, "prompt_tokens": prompt_tokens}
+            on_prompt = bars.bar("measuring the prompt")
+            reports = [run_bench(model_path, work, options, on_run=on_run, on_prompt=on_prompt, **preparing)]
     if sweep:
         click.echo(sweep_table(reports))
         if json_out is not None:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError
+from ..options import SessionOptions
 from .begin_gpu import begin_gpu
 from .chat_input import entries, reader
 from .options import MODEL_PATH, admission_options, backend_option, policy_option, prefill_option, run_options
@@ -23,8 +25,8 @@ from .stages import stages
 from .writing import write_pieces
 
 if TYPE_CHECKING:
-    from ..chat import Conversation
-    from ..generation import TextRun
+    from ..text.chat import Conversation
+    from ..text.generation import TextRun
 
 EPILOG = """\b
 /help lists what can be typed beside questions. Ctrl-C stops an answer; at the prompt, twice, it leaves, as do
@@ -70,25 +72,17 @@ def command(
     stop: tuple[str, ...],
     script: Path | None,
     sampling: dict[str, Any],
-    backend: str,
-    device: int,
-    ctx: int | None,
-    kv_type: str,
-    no_graph: bool,
-    disable: tuple[str, ...],
-    prefill: str,
+    options: SessionOptions,
     allow_blocked: bool,
     expect_sha256: str | None,
     policy: str | None,
 ) -> None:
     """Talk with MODEL."""
     read = reader(script)
-    start = begin_gpu(backend, device)
-    from dataclasses import replace
-
+    start = begin_gpu(options.backend, options.device)
     from ..api import LanguageModel
-    from ..chat import CHAT_SAMPLER, ChatSettings, Conversation
-    from ..stop_strings import StopStrings
+    from ..text.chat import CHAT_SAMPLER, ChatSettings, Conversation
+    from ..text.stop_strings import StopStrings
 
     StopStrings(stop)  # says what is wrong with one
     sampler = replace(CHAT_SAMPLER, **{"seed": new_seed(), **sampling})
@@ -96,22 +90,18 @@ def command(
     with stages() as bars:
         opened = LanguageModel(
             model,
-            backend,
-            device=device,
-            ctx=ctx,
-            kv_type=kv_type,
-            graph=not no_graph,
-            disable=disable,
-            prefill=prefill,
-            sampling=not sampler.greedy,
+            replace(
+                options,
+                sampling=not sampler.greedy,
+                start=start,
+                on_load=bars.bar("loading weights", in_bytes=True),
+                on_compile=bars.bar("compiling kernels"),
+            ),
             allow_blocked_quantization=allow_blocked,
             expect_sha256=expect_sha256,
             policy=policy,
-            start=start,
             warn=lambda warning: click.echo(f"psigraph: warning: {warning}", err=True),
             on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
-            on_load=bars.bar("loading weights", in_bytes=True),
-            on_compile=bars.bar("compiling kernels"),
         )
     with opened:
         sampler.words(opened.vocabulary)  # says which token of a bias there is not

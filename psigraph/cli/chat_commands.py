@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..chat import Conversation
 from ..ir.errors import UsageError
+from ..text.chat import Conversation
 
 
 class Leave(Exception):

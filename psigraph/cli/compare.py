@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..comparators import Comparator, Job, LlamaBench, LlamaCppPython, LlamaServer, Ollama
-from ..compare import cannot_settle, run_session, settle
-from ..gpu_state import gpu_state
+from ..bench.gpu_state import gpu_state
 from ..ir.errors import DeviceError, ModelFileError, PolicyRefusal, PsigraphError, UsageError
 from ..json_file import check_new_folder, read_json, write_json_atomically
-from ..matrix import build_matrix, read_source
-from ..matrix_view import markdown, plain
-from ..policy import OVERRIDE_OPTION, load_policy
+from ..medpsy.comparators import Comparator, Job, LlamaBench, LlamaCppPython, LlamaServer, Ollama
+from ..medpsy.compare import cannot_settle, run_session, settle
+from ..medpsy.matrix import build_matrix, read_source
+from ..medpsy.matrix_view import markdown, plain
+from ..medpsy.policy import OVERRIDE_OPTION, load_policy
+from ..options import SessionOptions
 from .options import FILE_PATH, MODEL_PATH, TOKEN_IDS, Seconds, admission_options
 
 if TYPE_CHECKING:
-    from ..runtime.gguf_file import GgufFile
+    from ..runtime.gguf.file import GgufFile
 
 _IM_START = (151644,)
 
@@ -201,13 +202,13 @@ def check_header(model: Path, ids: tuple[int, ...], max_new_tokens: int, allow_b
 
     Raises the errors of `build.open_model` and `artifact.admit_file`, and UsageError for ids or tokens that do not fit.
     """
-    from ..artifact import admit_file
+    from ..medpsy.artifact import admit_file
     from ..session import check_ids, open_model_for, vocabulary_of
 
     def admit(file: GgufFile) -> None:
         admit_file(file, allow_blocked=allow_blocked, with_digest=False)
 
-    with open_model_for(model, None, len(ids) + max_new_tokens - 1, admit) as opened:
+    with open_model_for(model, SessionOptions(positions=len(ids) + max_new_tokens - 1, admit=admit)) as opened:
         check_ids(ids, vocabulary_of(opened), "--prompt-token-ids")
 
 

@@ -55,7 +55,7 @@ def command(
         raise UsageError("give either MODEL.gguf or --size with --quant")
     if (size is None) != (quant is None):
         raise UsageError("--size and --quant go together: --size 1.7b --quant q4_k_m")
-    from ..compilation import (
+    from ..inspect.compilation import (
         check_folder,
         compile_stages,
         default_target,

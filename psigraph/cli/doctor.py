@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import click
 
-from .. import __version__
 from ..diagnosis import Diagnosis, diagnose
+from ..version import package_version
 
 MARKS = {"ok": ("ok", "green"), "warning": ("warn", "yellow"), "missing": ("no", "red")}
 
@@ -31,13 +31,13 @@ def command(as_json: bool) -> int:
 
 
 def _json(diagnosis: Diagnosis) -> str:
-    record = {"psigraph": __version__, "useful": diagnosis.useful, **asdict(diagnosis)}
+    record = {"psigraph": package_version(), "useful": diagnosis.useful, **asdict(diagnosis)}
     return json.dumps(record, indent=2)
 
 
 def _table(diagnosis: Diagnosis) -> str:
     width = max(len(check.name) for check in diagnosis.checks)
-    lines = [f"psigraph {__version__}", ""]
+    lines = [f"psigraph {package_version()}", ""]
     lines += [f"  {_mark(check.status)}  {check.name:<{width}}  {check.found}" for check in diagnosis.checks]
 
     width = max(len(capability.name) for capability in diagnosis.capabilities)

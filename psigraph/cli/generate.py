@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..ir.errors import UsageError
+from ..options import SessionOptions
 from .begin_gpu import begin_gpu
 from .options import (
     MODEL_PATH,
@@ -26,10 +28,10 @@ from .texts import STDIN, read_text, stdin_is_piped
 from .writing import showable, speaks_unicode, write_pieces
 
 if TYPE_CHECKING:
-    from ..generation import TokenRun
-    from ..policy import Admission
-    from ..prompt import Prompt
+    from ..medpsy.policy import Admission
     from ..session import Session
+    from ..text.generation import TokenRun
+    from ..text.prompt import Prompt
 
 EPILOG = """\b
 Only the continuation is written to stdout; everything else goes to stderr. Generation stops at the end tokens
@@ -92,13 +94,7 @@ def command(
     logprobs: int | None,
     stream: bool | None,
     sampling: dict[str, Any],
-    backend: str,
-    device: int,
-    ctx: int | None,
-    kv_type: str,
-    no_graph: bool,
-    disable: tuple[str, ...],
-    prefill: str,
+    options: SessionOptions,
     allow_blocked: bool,
     expect_sha256: str | None,
     policy: str | None,
@@ -106,21 +102,21 @@ def command(
     """Continue a prompt with MODEL, written as it comes."""
     _check_output(output, as_json, stream, stop, logprobs)
     text = _prompt_text(prompt, prompt_file, ids)
-    start = begin_gpu(backend, device)
-    from ..artifact import admit_file
+    start = begin_gpu(options.backend, options.device)
     from ..build import Model
-    from ..generation import GREEDY, Decoder, Limits
-    from ..prompt import Prompt, Request
-    from ..runtime.gguf_file import GgufFile
-    from ..sampler import SamplerSettings
+    from ..medpsy.artifact import admit_file
+    from ..runtime.gguf.file import GgufFile
     from ..session import check_ids, open_session, vocabulary_of
-    from ..stop_strings import StopStrings
+    from ..text.generation import GREEDY, Decoder, Limits
+    from ..text.prompt import Prompt, Request
+    from ..text.sampler import SamplerSettings
+    from ..text.stop_strings import StopStrings
 
     StopStrings(stop)  # says what is wrong with one
     sampler = SamplerSettings(**{"seed": new_seed(), **sampling}) if sampling else GREEDY
     asked = Request(text, ids, chat, system, None if thinking is None else thinking == "on")
     admitted: list[Admission] = []
-    with Prompt(asked, max_new_tokens, ctx) as request:
+    with Prompt(asked, max_new_tokens, options.ctx) as request:
         with stages() as bars:
             on_hash = bars.bar(f"hashing {model.name}", in_bytes=True)
 
@@ -143,15 +139,8 @@ def command(
                     check_ids(ids, vocabulary_of(opened), "--prompt-token-ids")
                 request.check(admitted[0])
 
-            session = open_session(
-                model,
-                backend,
-                device,
-                ctx,
-                kv_type=kv_type,
-                graph=not no_graph,
-                disable=disable,
-                prefill=prefill,
+            options = replace(
+                options,
                 positions=request.positions,
                 outputs=() if logprobs is None else ("logits",),
                 sampling=not sampler.greedy,
@@ -161,6 +150,7 @@ def command(
                 on_load=bars.bar("loading weights", in_bytes=True),
                 on_compile=bars.bar("compiling kernels"),
             )
+            session = open_session(model, options)
         with session:
             session.expect_prompt(len(request.ids))
             tokens = Decoder(session).run(request.ids, Limits(max_new_tokens, sampler, logprobs=logprobs))
@@ -219,8 +209,8 @@ def _pieces(
     tokens: TokenRun, request: Prompt, admission: Admission, output: str | None, stop: tuple[str, ...]
 ) -> Iterator[str]:
     """What goes to stdout: text with the policy's disclaimer, or ids."""
-    from ..generation import TextRun
-    from ..guard import guard_for
+    from ..medpsy.guard import guard_for
+    from ..text.generation import TextRun
 
     needed = output == "text" or stop
     tokenizer = request.tokenizer.get() if needed else request.tokenizer.get_or_none()
@@ -234,8 +224,8 @@ def _record(
     tokens: TokenRun, request: Prompt, admission: Admission, session: Session, stop: tuple[str, ...]
 ) -> dict[str, Any]:
     """The JSON record; text is null where the file's tokenizer is of another kind."""
-    from ..generation import TextRun
-    from ..guard import guard_for
+    from ..medpsy.guard import guard_for
+    from ..text.generation import TextRun
 
     tokenizer = request.tokenizer.get() if stop else request.tokenizer.get_or_none()
     text: str | None = None

@@ -13,7 +13,7 @@ from .options import MODEL_PATH
 from .tables import kernel_table, launch_table, pass_table, step_line
 
 if TYPE_CHECKING:
-    from ..inspection import Inspected
+    from ..inspect.inspection import Inspected
     from ..ir.graph import Graph
 
 EPILOG = """\b
@@ -73,8 +73,8 @@ def command(
         raise UsageError(f"--arch {arch}: {model} is compiled already; give the model file instead")
     if kv_type is not None and model.is_dir():
         raise UsageError(f"--kv-type {kv_type}: {model} is compiled already; give the model file instead")
-    from ..compilation import gpu_target
-    from ..inspection import INPUT, inspect_path
+    from ..inspect.compilation import gpu_target
+    from ..inspect.inspection import INPUT, inspect_path
 
     found = inspect_path(model, gpu_target(arch) if arch is not None else None, kv_type or "f16")
     found.check_layer(layer)

@@ -11,7 +11,7 @@ from ..ir.errors import DeviceError
 @contextmanager
 def kernels_only() -> Iterator[None]:
     """Lets a missing GPU's message advise the host target alone: the backend cpu runs no kernels."""
-    from ..runtime.driver import OTHER_BACKENDS
+    from ..runtime.cuda.driver import OTHER_BACKENDS
 
     try:
         yield

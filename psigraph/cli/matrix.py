@@ -10,8 +10,8 @@ import click
 
 from ..ir.errors import UsageError
 from ..json_file import check_writable, read_json, write_json_atomically, write_text_atomically
-from ..matrix import build_matrix, problems_of, read_source, validate_matrix
-from ..matrix_view import markdown, plain, replace_block, svg
+from ..medpsy.matrix import build_matrix, problems_of, read_source, validate_matrix
+from ..medpsy.matrix_view import markdown, plain, replace_block, svg
 from .options import FILE_PATH
 
 MATRIX = "fixtures/medpsy/benchmarks/medpsy_comparator_matrix_20260511_local.json"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..policy import OVERRIDE_OPTION
+from ..medpsy.policy import OVERRIDE_OPTION
+from ..options import SessionOptions
 
 if TYPE_CHECKING:
     _Ids = click.ParamType[tuple[int, ...]]
@@ -114,7 +116,18 @@ kv_type_option = click.option(
 
 
 def run_options(command: Command) -> Command:
-    """--device, --ctx, --kv-type, --no-graph, --disable-pass: how a model is run."""
+    """--device, --ctx, --kv-type, --no-graph, --disable-pass: how a model is run.
+
+    The command gets them as one value `options`, together with --backend and, where it has that, --prefill.
+    """
+
+    @wraps(command)
+    def gathered(*args: Any, backend: str, no_graph: bool, **values: Any) -> Any:
+        names = ("device", "ctx", "kv_type", "disable", "prefill")
+        given = {name: values.pop(name) for name in names if name in values}
+        return command(*args, options=SessionOptions(backend, graph=not no_graph, **given), **values)
+
+    found: Command = gathered
     for option in reversed(
         (
             click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU."),
@@ -129,8 +142,8 @@ def run_options(command: Command) -> Command:
             disable_option,
         )
     ):
-        command = option(command)
-    return command
+        found = option(found)
+    return found
 
 
 disable_option = click.option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import click
 
 from ..ir.errors import UsageError
 from ..json_file import check_writable, write_json_atomically
+from ..options import SessionOptions
 from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option, run_options
 from .stages import stages
 from .texts import read_text
@@ -18,10 +20,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..build import Model
-    from ..perplexity import Reference, Result
-    from ..policy import Admission
-    from ..runtime.gguf_file import GgufFile
+    from ..medpsy.policy import Admission
+    from ..runtime.gguf.file import GgufFile
     from ..session import Session
+    from ..text.perplexity import Reference, Result
 
 EPILOG = """\b
 The text is read in windows (--window); every token but a window's first is scored. KL divergence is that of this
@@ -62,12 +64,7 @@ def command(
     max_tokens: int | None,
     save_logits: Path | None,
     json_out: Path | None,
-    backend: str,
-    device: int,
-    ctx: int | None,
-    kv_type: str,
-    no_graph: bool,
-    disable: tuple[str, ...],
+    options: SessionOptions,
     allow_blocked: bool,
     expect_sha256: str | None,
 ) -> None:
@@ -78,6 +75,7 @@ def command(
         raise UsageError("--key names an array of --against; give that too")
     if max_tokens is not None and (text is None or against is not None):
         raise UsageError("--max-tokens shortens a text; it goes with --text alone, since saved logits have their ids")
+    ctx = options.ctx
     if window is not None and ctx is not None and window > ctx:
         raise UsageError(f"--window {window} does not fit into --ctx {ctx}")
     if save_logits is not None and json_out is not None and save_logits.resolve() == json_out.resolve():
@@ -86,11 +84,11 @@ def command(
         if target is not None:
             check_writable(target)
     words = read_text(text) if text is not None else None
-    from ..artifact import admit_file
-    from ..perplexity import WINDOW, load_reference, measure
-    from ..perplexity import save_logits as write_logits
-    from ..runtime.tokenizer import Tokenizer
+    from ..medpsy.artifact import admit_file
+    from ..runtime.tokenizer.bpe import Tokenizer
     from ..session import open_session
+    from ..text.perplexity import WINDOW, load_reference, measure
+    from ..text.perplexity import save_logits as write_logits
 
     admitted: list[Admission] = []
     found: list[Reference] = []
@@ -124,20 +122,15 @@ def command(
 
     with stages() as bars:
         on_hash = bars.bar(f"hashing {model.name}", in_bytes=True)
-        session = open_session(
-            model,
-            backend,
-            device,
-            ctx,
+        options = replace(
+            options,
             outputs=("logits",),
-            kv_type=kv_type,
-            graph=not no_graph,
-            disable=disable,
             positions=positions,
             admit=admit,
             on_load=bars.bar("loading weights", in_bytes=True),
             on_compile=bars.bar("compiling kernels"),
         )
+        session = open_session(model, options)
         with session:
             if found and size() != found[0].window:
                 click.echo(f"psigraph: warning: the reference was read in windows of {found[0].window}", err=True)
@@ -156,8 +149,8 @@ def command(
 
 
 def _report(result: Result, session: Session, admission: Admission, found: list[Reference]) -> dict[str, Any]:
-    from ..artifact import artifact_record
-    from ..perplexity import SCHEMA
+    from ..medpsy.artifact import artifact_record
+    from ..text.perplexity import SCHEMA
 
     report: dict[str, Any] = {
         "schema": SCHEMA,

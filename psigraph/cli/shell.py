@@ -16,6 +16,7 @@ import click
 from click.shell_completion import shell_complete
 
 from ..ir.errors import OutOfMemoryError, PsigraphError
+from .commands import main
 from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTEM
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -28,8 +29,6 @@ def run(arguments: Sequence[str]) -> int:
 
     PSIGRAPH_DEBUG, when set and not 0, shows the traceback before the line.
     """
-    from . import main  # the package imports this module, so it is looked up late
-
     warnings.showwarning = _show_warning
     _shown_warnings.clear()
     # A file's name may hold bytes that no encoding of stdout has; it is shown with escapes then.

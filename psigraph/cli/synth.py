@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..ir.errors import OutputError
-from ..runtime.synth import QUANTS, SIZES, write_synth
+from ..runtime.synth.model import QUANTS, SIZES, write_synth
 from .options import FILE_PATH
 from .terminal import progress_bar
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..ir.errors import UsageError
+from ..options import SessionOptions
 from .kernels_only import kernels_only
 from .options import MODEL_PATH, Seconds, backend_option, kv_type_option
 from .stages import stages
@@ -34,20 +35,20 @@ def command(model: Path, backend: str, device: int, kv_type: str, seconds: float
         backend = "cuda"
     if backend not in ("cuda", "host"):
         raise UsageError(f"--backend {backend}: launch shapes need kernels; take cuda, or host to try the command out")
+    from ..bench.tune import target_of, tune
+    from ..bench.tuned import save_tuned
     from ..session import open_session
-    from ..tune import target_of, tune
-    from ..tuned import save_tuned
 
     with kernels_only(), stages() as bars:
-        session = open_session(
-            model,
+        options = SessionOptions(
             backend,
             device,
-            shapes={},
             kv_type=kv_type,
+            shapes={},
             on_compile=bars.bar("compiling kernels"),
             on_load=bars.bar("loading weights", in_bytes=True),
         )
+        session = open_session(model, options)
     with session:
         facts = session.device_facts
         assert facts is not None

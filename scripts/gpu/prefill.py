@@ -23,9 +23,10 @@ import numpy as np
 
 from psigraph.ir.errors import PsigraphError
 from psigraph.ir.program import LIBRARY_PRODUCT, Launch
+from psigraph.options import SessionOptions
 from psigraph.runtime.engine import Engine
 from psigraph.runtime.prefill import Prefill
-from psigraph.runtime.synth import write_synth
+from psigraph.runtime.synth.model import write_synth
 from psigraph.session import Session, open_session
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
@@ -52,7 +53,7 @@ def numbers(quant: str, ways: tuple[str, ...]) -> list[str]:
     with np.load(TINY / "reference_logits.npz") as stored:
         text, exact = stored["ids"].tolist(), stored[f"logits_{quant}"]
     by_steps: dict[int, np.ndarray] = {}
-    with open_session(path, BACKEND, outputs=("logits",), prefill="off") as session:
+    with open_session(path, SessionOptions(BACKEND, outputs=("logits",), prefill="off")) as session:
 
         def keep(index: int) -> None:
             if index + 1 in LENGTHS:
@@ -60,7 +61,7 @@ def numbers(quant: str, ways: tuple[str, ...]) -> list[str]:
 
         session.engine.feed(ids, keep)
     for way in ways:
-        with open_session(path, BACKEND, outputs=("logits",), prefill=way) as session:
+        with open_session(path, SessionOptions(BACKEND, outputs=("logits",), prefill=way)) as session:
             found, other, again, tokens = [], 0, True, []
             for length in LENGTHS:
                 logits = []
@@ -157,7 +158,7 @@ def feed_ms(session: Session, ids: list[int]) -> float:
 
 def speed(path: Path, way: str, long: int) -> tuple[list[str], str]:
     """(lines, the table's line)."""
-    with open_session(path, BACKEND, ctx=long + 64, prefill=way) as session:
+    with open_session(path, SessionOptions(BACKEND, ctx=long + 64, prefill=way)) as session:
         engine = session.engine
         assert isinstance(engine, Engine)
         prefill = engine.prepare_prefill()
@@ -201,7 +202,7 @@ def main() -> int:
     options = parser.parse_args()
     began, ways, table = time.perf_counter(), list(WAYS), []
     try:
-        open_session(TINY / "tiny-qwen3-q8_0.gguf", BACKEND, prefill="library").close()
+        open_session(TINY / "tiny-qwen3-q8_0.gguf", SessionOptions(BACKEND, prefill="library")).close()
     except PsigraphError as error:
         table.append(f"library: {error}")
         ways.remove("library")

@@ -17,14 +17,15 @@ from dataclasses import replace
 
 import numpy as np
 
+from psigraph.bench.tune import target_of
 from psigraph.codegen.lower import lower
 from psigraph.codegen.profile import _parts
 from psigraph.ir.program import Buffer, Launch, Program
-from psigraph.runtime.compiler import compile_program
+from psigraph.options import SessionOptions
+from psigraph.runtime.cuda.compiler import compile_program
+from psigraph.runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from psigraph.runtime.engine import Engine
-from psigraph.runtime.kernel_cache import KernelCache, default_cache_dir
 from psigraph.session import open_session
-from psigraph.tune import target_of
 
 STAMPS, BLOCKS, RUNS = 16, 2048, 9
 MULTIPROCESSOR = 15  # the place of its number, counted from 1
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--target", default="{}", help='fields of the target to change, as JSON: {"cluster": 4}')
     parser.add_argument("--shapes", default="{}", help="launch shapes by product class, as JSON")
     options = parser.parse_args()
-    with open_session(options.model, "cuda", shapes={}) as session:
+    with open_session(options.model, SessionOptions("cuda", shapes={})) as session:
         engine = session.engine
         assert isinstance(engine, Engine)
         target = replace(target_of(session), **json.loads(options.target))

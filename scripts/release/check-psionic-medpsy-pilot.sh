@@ -7,13 +7,12 @@ python="${PYTHON:-}"
 if [[ -z "$python" ]]; then
     if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
 fi
-if ! "$python" -c "import psigraph.gate" 2>/dev/null; then
+if ! "$python" -c "import psigraph.medpsy.matrix" 2>/dev/null; then
     echo "$python has no psigraph: run 'make test' first, or set PYTHON to one that has it" >&2
     exit 2
 fi
-"$python" -m psigraph.gate .
+"$python" scripts/release/gate.py .
 if [[ "${1:-}" != "--no-tests" ]]; then
-    "$python" -m pytest -q tests/psigraph/test_policy.py tests/psigraph/test_guard.py tests/psigraph/test_report.py \
-        tests/psigraph/test_matrix.py tests/psigraph/test_compare.py tests/psigraph/test_gate.py
+    "$python" -m pytest -q tests/psigraph/medpsy tests/psigraph/bench/test_report.py tests/scripts/release
 fi
 echo "MedPsy pilot: all checks passed"

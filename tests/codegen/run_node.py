@@ -24,7 +24,7 @@ from psigraph.ir.graph import Graph
 from psigraph.ir.program import LIBRARY_PRODUCT, Buffer, Launch, Program
 from psigraph.ir.types import I8X2_GROUP
 from psigraph.runtime import host
-from psigraph.runtime.driver import Driver
+from psigraph.runtime.cuda.driver import Driver
 from psigraph.runtime.tables import table_values
 
 Arrays = dict[str, np.ndarray]

@@ -8,9 +8,9 @@ from pathlib import Path
 from psigraph.build import fuse, open_model, spec_folder
 from psigraph.codegen.prefill_lower import CHUNK_TOKENS
 from psigraph.ir.graph import Graph, TensorType
-from psigraph.ir.loader import load_spec
+from psigraph.ir.spec.loader import load_spec
 from psigraph.passes.prefill import prefill_graph
-from psigraph.runtime import synth
+from psigraph.runtime.synth import model as synth
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
 VOCABULARY = synth.QWEN3_SIZE

@@ -26,7 +26,7 @@ from psigraph.ir.errors import UnsupportedModelError
 from psigraph.ir.ops import OPS
 from psigraph.ir.program import Program
 from psigraph.passes.pipeline import PIPELINE
-from psigraph.runtime import synth
+from psigraph.runtime.synth import model as synth
 
 VECTOR_OPS = {"rms_norm", "rms_factor", "add", "mul", "swiglu", "quantize", "merge_heads", "split_heads", "rope",
               "cache_append", "argmax", "choose", "record", "stop_on", "advance"}  # fmt: skip

@@ -19,9 +19,9 @@ from psigraph.codegen.weight_types import WEIGHT_TYPES
 from psigraph.ir.program import Program
 from psigraph.ir.text import parse_graph, print_graph
 from psigraph.passes.pipeline import PIPELINE
-from psigraph.runtime import nvrtc
-from psigraph.runtime.compiler import compile_program
-from psigraph.runtime.kernel_cache import KernelCache
+from psigraph.runtime.cuda import nvrtc
+from psigraph.runtime.cuda.compiler import compile_program
+from psigraph.runtime.cuda.kernel_cache import KernelCache
 
 FUSIONS = tuple(step.name for step in PIPELINE if not step.lowering)
 INCLUDE = re.compile(r"^\s*#\s*include\b[^\n]*", re.M)

@@ -10,6 +10,7 @@ import pytest
 from shipped import graph_of
 from test_attention import attention_graph
 
+from psigraph.bench.tune import launchable
 from psigraph.codegen import digits, profile
 from psigraph.codegen.cache_types import CACHE_TYPES
 from psigraph.codegen.device import device_headers
@@ -29,9 +30,9 @@ from psigraph.codegen.target import (
 )
 from psigraph.ir.graph import Node, TensorType, Value
 from psigraph.ir.program import Launch, Program
-from psigraph.runtime import nvrtc, synth
-from psigraph.runtime.compiler import CompiledKernel
-from psigraph.tune import launchable
+from psigraph.runtime.cuda import nvrtc
+from psigraph.runtime.cuda.compiler import CompiledKernel
+from psigraph.runtime.synth import model as synth
 
 PLACES = get_args(Place)
 WITH_PLACES = [target for target in TARGETS.values() if target.places]

@@ -19,13 +19,13 @@ from psigraph.ir.text import parse_graph
 from psigraph.ir.verify import verify
 from psigraph.passes.fuse_choice import fuse_choice
 from psigraph.runtime import host
-from psigraph.runtime.compiler import compile_program
-from psigraph.runtime.driver import Driver
+from psigraph.runtime.cuda.compiler import compile_program
+from psigraph.runtime.cuda.driver import Driver
+from psigraph.runtime.cuda.kernel_cache import KernelCache
+from psigraph.runtime.cuda.nvrtc import compile_kernel
 from psigraph.runtime.engine import Engine
 from psigraph.runtime.host.check import KernelCall, run_build
-from psigraph.runtime.kernel_cache import KernelCache
-from psigraph.runtime.nvrtc import compile_kernel
-from psigraph.sampler import SamplerSettings
+from psigraph.text.sampler import SamplerSettings
 
 CONTEXT = 2048
 SMALL, LARGE = 50, 2500  # one span of logits, and three of which the last is ragged

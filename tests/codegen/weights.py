@@ -6,8 +6,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, quants
 
 from psigraph.codegen.weight_types import WEIGHT_TYPES
-from psigraph.runtime.ggml_types import BY_NAME
-from psigraph.runtime.synth_blocks import random_blocks
+from psigraph.runtime.gguf.ggml_types import BY_NAME
+from psigraph.runtime.synth.blocks import random_blocks
 
 DRAWN = ("q4_k", "q5_k", "q6_k", "q8_0", "f16")
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from psigraph.ir.errors import UsageError
-from psigraph.runtime import synth
-from psigraph.runtime.synth import SMALLEST, Size, write_synth
+from psigraph.options import SessionOptions
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import SMALLEST, Size, write_synth
 from psigraph.session import Session, open_session
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +25,7 @@ QUANTS = ("q4_k_m", "q8_0")
 
 
 def tiny(quant: str, **options: Any) -> Session:
-    return open_session(TINY / f"tiny-qwen3-{quant}.gguf", "cuda", **options)
+    return open_session(TINY / f"tiny-qwen3-{quant}.gguf", SessionOptions("cuda", **options))
 
 
 def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -117,7 +118,8 @@ def test_heads_of_other_sizes(head_dim: int, heads: int, kv_heads: int, kv_type:
     lengths = (1, 16, 17, 300, 513, 529, 1040, 1100)
     rows = {}
     for backend in ("cpu", "cuda"):
-        with open_session(model, backend, outputs=("logits",), kv_type=kv_type, prefill="off") as session:
+        options = SessionOptions(backend, outputs=("logits",), kv_type=kv_type, prefill="off")
+        with open_session(model, options) as session:
             rows[backend] = []
             for length in lengths:
                 session.feed(ids[session.position : length])
@@ -139,7 +141,7 @@ def test_a_cache_in_8_bits(quant: str) -> None:
 
     def in_numpy(**options: Any) -> np.ndarray:
         rows = []
-        with open_session(model, "cpu", outputs=("logits",), **options) as session:
+        with open_session(model, SessionOptions("cpu", outputs=("logits",), **options)) as session:
             for length in lengths:
                 session.feed(ids[session.position : length])
                 rows.append(session.engine.logits())
@@ -175,7 +177,7 @@ def real_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_of_real_size_repeats_itself_and_keeps_within_its_memory(real_size: Path) -> None:
-    with open_session(real_size, "cuda", ctx=4096 + 64) as session:
+    with open_session(real_size, SessionOptions("cuda", ctx=4096 + 64)) as session:
         assert session.program is not None
         weights = sum(buffer.nbytes for buffer in session.program.buffers if buffer.kind == "weight")
         cache = sum(buffer.nbytes for buffer in session.program.buffers if buffer.kind == "state")
@@ -195,11 +197,11 @@ def test_a_model_of_real_size_repeats_itself_and_keeps_within_its_memory(real_si
 def test_a_long_prompt_of_a_model_of_real_size_is_one_token_by_token(real_size: Path, prefill: str) -> None:
     ids = np.random.default_rng(9).integers(0, 150_000, 4096).tolist()
     options: dict[str, Any] = {"ctx": 4200, "outputs": ("logits",)}
-    with open_session(real_size, "cuda", prefill="off", **options) as session:
+    with open_session(real_size, SessionOptions("cuda", prefill="off", **options)) as session:
         session.feed(ids)
         want, first = session.engine.logits(), session.engine.chosen()
     try:
-        opened = open_session(real_size, "cuda", prefill=prefill, **options)
+        opened = open_session(real_size, SessionOptions("cuda", prefill=prefill, **options))
     except UsageError as error:
         pytest.skip(str(error))
     with opened as session:

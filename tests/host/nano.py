@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from psigraph.runtime import synth
-from psigraph.runtime.synth import SMALLEST, Size, write_synth
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import SMALLEST, Size, write_synth
 
 LAYER = Size(layers=1, hidden=256, feed_forward=256, heads=2, kv_heads=1, untied=False, context=64)
 PROMPT = (1, 2)

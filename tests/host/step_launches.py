@@ -24,12 +24,12 @@ from psigraph.codegen.weight_types import WEIGHT_TYPES
 from psigraph.ir.program import Kernel, Launch, Program
 from psigraph.passes.use_sampler import SAMPLER
 from psigraph.runtime import host
-from psigraph.runtime.compiler import CompiledKernel
-from psigraph.runtime.driver import Driver
+from psigraph.runtime.cuda.compiler import CompiledKernel
+from psigraph.runtime.cuda.driver import Driver
+from psigraph.runtime.cuda.nvrtc import KernelResources
 from psigraph.runtime.engine import Engine
 from psigraph.runtime.host.check import KernelCall
-from psigraph.runtime.nvrtc import KernelResources
-from psigraph.sampler import SamplerSettings
+from psigraph.text.sampler import SamplerSettings
 
 CONTEXT = 64
 PROMPT = (7, 300, 41, 5, 1021)

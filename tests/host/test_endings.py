@@ -21,12 +21,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from nano import write_nano
 
+from psigraph.bench.report import validate_report
 from psigraph.cli import run
-from psigraph.report import validate_report
 from psigraph.runtime import host
+from psigraph.runtime.cuda.kernel_cache import MAGIC
 from psigraph.runtime.host import driver as stand_in
 from psigraph.runtime.host.compile import cache_directory
-from psigraph.runtime.kernel_cache import MAGIC
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny" / "tiny-qwen3-q4_k_m.gguf"
 OLD_REPORT = '{"old": true}\n'

@@ -19,8 +19,10 @@ from nano import PROMPT, write_nano
 
 from psigraph import build, session
 from psigraph.ir.errors import DeviceError, OutOfMemoryError, UsageError
-from psigraph.runtime import compiler, host
-from psigraph.runtime.driver import Driver
+from psigraph.options import SessionOptions
+from psigraph.runtime import host
+from psigraph.runtime.cuda import compiler
+from psigraph.runtime.cuda.driver import Driver
 from psigraph.session import Session, open_session
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS, LAUNCH_FAILED, UNKNOWN = 2, 700, 719, 999
@@ -91,7 +93,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         def one(graph: bool, nth: int = 0, code: int = 0) -> Life:
             host.forget()
             host.inject(nth, code)
-            with open_session(path, "host", ctx=16, outputs=("logits",), graph=graph) as opened:
+            with open_session(path, SessionOptions("host", ctx=16, outputs=("logits",), graph=graph)) as opened:
                 ready = len(host.calls())
                 try:
                     tokens, logits = use(opened)
@@ -201,7 +203,7 @@ def test_memory_that_is_really_not_there(live: Live) -> None:
 
 
 def test_an_engine_that_was_closed_says_so(live: Live, tmp_path: Path) -> None:
-    with open_session(write_nano(tmp_path), "host", ctx=16) as opened:
+    with open_session(write_nano(tmp_path), SessionOptions("host", ctx=16)) as opened:
         pass
     opened.close()
     with pytest.raises(UsageError, match="closed"):

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from nano import write_nano
 
 from psigraph.ir.errors import DeviceError, OutOfMemoryError
+from psigraph.options import SessionOptions
 from psigraph.runtime import host
 from psigraph.session import open_session
 
@@ -29,7 +30,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     def one(nth: int = 0, code: int = 0, prefill: str = "auto") -> tuple[int, str, list[str], list[str]]:
         host.forget()
         host.inject(nth, code)
-        with open_session(path, "host", ctx=32, prefill=prefill) as session:
+        with open_session(path, SessionOptions("host", ctx=32, prefill=prefill)) as session:
             before = host.calls()
             session.feed(PROMPT)
             token = session.engine.chosen()
@@ -87,7 +88,7 @@ def test_a_failed_engine_takes_nothing_in(live: Live, tmp_path: Path) -> None:
     _, _, before, during = live()
     host.forget()
     host.inject(firsts(before, during)["cuGraphLaunch"], UNKNOWN)
-    with open_session(write_nano(tmp_path), "host", ctx=32, prefill="own") as session:
+    with open_session(write_nano(tmp_path), SessionOptions("host", ctx=32, prefill="own")) as session:
         with pytest.raises(DeviceError):
             session.feed(PROMPT)
         with pytest.raises(DeviceError, match="failed earlier in this process"):

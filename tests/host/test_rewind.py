@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from psigraph.ir.errors import UsageError
-from psigraph.runtime.synth import write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
+from psigraph.options import SessionOptions
+from psigraph.runtime.synth.model import write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import open_session
 
 
 def test_what_is_fed_after_a_rewind_gives_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(tmp_path))
     model = write_synth(tmp_path / "model.gguf", "0.6b", "q4_k_m", 1, layers=1, vocab=SMALLEST)
-    with open_session(model, "host", ctx=16) as session:
+    with open_session(model, SessionOptions("host", ctx=16)) as session:
         session.feed([5, 6, 7, 8])
         tokens = [token for chunk in session.decode(4) for token in chunk]
         session.rewind(2)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from psigraph.ir.errors import UsageError
-from psigraph.runtime import synth
-from psigraph.runtime.gguf_write import pair
-from psigraph.runtime.synth import SMALLEST, Size, write_synth
+from psigraph.options import SessionOptions
+from psigraph.runtime.gguf.write import pair
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import SMALLEST, Size, write_synth
 from psigraph.session import open_session
 
 SCALING = "qwen3.rope.scaling."
@@ -42,7 +43,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def logits(path: Path, backend: str, prefill: str) -> np.ndarray:
     """After a prompt that a chunk takes in, and after three steps more."""
-    with open_session(path, backend, ctx=128, outputs=("logits",), prefill=prefill) as session:
+    with open_session(path, SessionOptions(backend, ctx=128, outputs=("logits",), prefill=prefill)) as session:
         session.feed(IDS)
         found = [session.engine.logits()]
         for token in (1, 2, 3):
@@ -62,7 +63,7 @@ def test_kernels_compute_what_numpy_does(pairs: list[bytes], write: Write) -> No
 
 
 def test_the_context_is_the_files_own(write: Write) -> None:
-    with open_session(write(YARN), "cpu", ctx=4096) as session:
+    with open_session(write(YARN), SessionOptions("cpu", ctx=4096)) as session:
         assert session.context == 4096
     with pytest.raises(UsageError, match="the model allows 1 to 4096"):
-        open_session(write(YARN), "cpu", ctx=4097)
+        open_session(write(YARN), SessionOptions("cpu", ctx=4097))

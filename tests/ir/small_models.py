@@ -10,7 +10,7 @@ import numpy as np
 import psigraph.models
 from psigraph.ir.graph import Graph, TensorType
 from psigraph.ir.interpret import Interpreter
-from psigraph.ir.loader import load_spec
+from psigraph.ir.spec.loader import load_spec
 
 SPEC_PATH = Path(psigraph.models.__file__).with_name("qwen3.yaml")
 QWEN3 = load_spec(SPEC_PATH)

@@ -5,7 +5,7 @@ import pytest
 
 from psigraph.ir import sampling
 from psigraph.ir.sampling import adjusted, choices, philox, random_words, words_of
-from psigraph.sampler import SamplerSettings
+from psigraph.text.sampler import SamplerSettings
 
 DRAWS = 100_000
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}

@@ -13,7 +13,7 @@ from psigraph.passes.halve_activations import halve_activations
 from psigraph.passes.over_sequence import over_sequence
 from psigraph.passes.prefill import prefill_graph
 from psigraph.passes.use_sampler import use_sampler
-from psigraph.sampler import SamplerSettings
+from psigraph.text.sampler import SamplerSettings
 
 IDS = [5, 9, 2, 41, 7, 7, 30]
 FIRST, ROWS = 3, 6  # tokens before the chunk; its rows, of which four count

@@ -10,7 +10,7 @@ from psigraph.ir.text import parse_graph, print_graph
 from psigraph.ir.verify import verify
 from psigraph.passes.pipeline import run_pipeline
 from psigraph.passes.use_sampler import use_sampler
-from psigraph.sampler import SamplerSettings
+from psigraph.text.sampler import SamplerSettings
 
 SETTINGS = SamplerSettings(temperature=2.0, repetition_penalty=1.2, frequency_penalty=0.1, penalty_window=5, seed=8)
 

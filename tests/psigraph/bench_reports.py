@@ -1,8 +1,8 @@
 """Well-formed reports for the tests of report, matrix, compare and gate."""
 
-from psigraph.comparator_report import build_comparator_report
-from psigraph.policy import admit, load_policy
-from psigraph.report import build_report
+from psigraph.bench.report import build_report
+from psigraph.medpsy.comparator_report import build_comparator_report
+from psigraph.medpsy.policy import admit, load_policy
 
 REAL_SHA256 = "41ee947d9cce72ec657577219fd1798fabeabf0d832217fe23c9d6d3d18d5880"
 SYNTH_SHA256 = "5" * 64

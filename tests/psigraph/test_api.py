@@ -21,6 +21,7 @@ import psigraph
 from psigraph import api
 from psigraph.api import LanguageModel
 from psigraph.ir.errors import PolicyRefusal, UsageError
+from psigraph.options import SessionOptions
 from psigraph.session import Session, open_session
 
 REQUEST = "Do I have cancer? Diagnose me."
@@ -86,11 +87,11 @@ def test_logits_are_the_references_and_leave_the_model_usable(tiny: LanguageMode
 
 
 def test_what_a_request_needs_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[dict[str, Any]] = []
+    opened: list[SessionOptions] = []
 
-    def opening(path: Path, backend: str, **options: Any) -> Session:
+    def opening(path: Path, options: SessionOptions) -> Session:
         opened.append(options)
-        return open_session(path, backend, **options)
+        return open_session(path, options)
 
     monkeypatch.setattr(api, "open_session", opening)
     with warnings.catch_warnings():
@@ -100,7 +101,7 @@ def test_what_a_request_needs_is_loaded_once(monkeypatch: pytest.MonkeyPatch) ->
                 list(model.generate([5], 1))
                 list(model.generate([5], 1, temperature=0.5, seed=1))
                 model.logits([5])
-            assert [(one["sampling"], one["outputs"]) for one in opened] == [
+            assert [(one.sampling, one.outputs) for one in opened] == [
                 (False, ()), (True, ()), (True, ("logits",))
             ]  # fmt: skip
             assert model.encode("whale") == model.tokenizer.encode("whale")

@@ -107,7 +107,7 @@ def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> str:
         raise DeviceError("NVRTC's bindings cannot be imported")
 
-    monkeypatch.setattr("psigraph.runtime.nvrtc.nvrtc_version", absent)
+    monkeypatch.setattr("psigraph.runtime.cuda.nvrtc.nvrtc_version", absent)
     found = with_driver(monkeypatch)
     assert found["compile kernels for GPUs"].reason == "needs NVRTC"
     assert not found["run on a GPU"].works

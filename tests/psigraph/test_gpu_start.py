@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from psigraph import environment, gpu_start
+from psigraph import gpu_start
+from psigraph.bench import environment
 from psigraph.gpu_start import GpuStart
 from psigraph.ir.errors import DeviceError
 
@@ -96,7 +97,10 @@ def test_both_questions_to_nvidia_smi_are_asked_at_once(monkeypatch: pytest.Monk
     [
         ("psigraph.gpu_start", ["numpy", "yaml", "importlib.metadata"]),
         ("psigraph.cli.bench", ["numpy", "importlib.metadata"]),
-        ("psigraph.bench, psigraph.runtime.end_tokens", ["tokenizers", "jinja2", "networkx", "rich", "gguf"]),
+        (
+            "psigraph.bench.measure, psigraph.runtime.tokenizer.end_tokens",
+            ["tokenizers", "jinja2", "networkx", "rich", "gguf"],
+        ),
     ],
 )
 def test_what_the_way_to_the_first_token_does_not_import(module: str, absent: list[str]) -> None:

@@ -13,6 +13,7 @@ from psigraph import numpy_path
 from psigraph.build import fuse, open_model
 from psigraph.ir.errors import OutOfMemoryError, UsageError
 from psigraph.numpy_path import NumpyEngine, dequantized
+from psigraph.options import SessionOptions
 from psigraph.session import open_session
 
 
@@ -23,7 +24,7 @@ from psigraph.session import open_session
 )
 def test_logits_stay_within_the_bar(path: Path, cache: str, count: int, bar: float) -> None:
     ids, wanted = reference_logits(path)
-    with open_session(path, "cpu", outputs=("logits",), cache_dtype=cache) as session:
+    with open_session(path, SessionOptions("cpu", outputs=("logits",), cache_dtype=cache)) as session:
         found = session.forced_logits(ids[:count])
     assert found.shape == (count, 4096)
     assert divergence(wanted[:count], found).max() <= bar
@@ -31,7 +32,7 @@ def test_logits_stay_within_the_bar(path: Path, cache: str, count: int, bar: flo
 
 def test_greedy_tokens_are_those_of_the_reference() -> None:
     prompt, wanted, gaps = reference_greedy(Q4, "speech")
-    with open_session(Q4, "cpu") as session:
+    with open_session(Q4, SessionOptions("cpu")) as session:
         session.feed(prompt)
         tokens = [token for chunk in session.decode(24, 5) for token in chunk]
     assert min(gaps[:24]) > 1e-3  # else rounding could choose
@@ -74,4 +75,4 @@ def test_a_reset_starts_anew_and_an_end_token_sets_the_flag_only() -> None:
 def test_a_model_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numpy_path, "_available_memory", lambda: 10 << 20)
     with pytest.raises(OutOfMemoryError, match=r"needs 0\.1 GiB of main memory .*--backend cuda"):
-        open_session(Q4, "cpu")
+        open_session(Q4, SessionOptions("cpu"))

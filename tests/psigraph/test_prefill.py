@@ -10,11 +10,12 @@ import pytest
 from tiny_model import Q4
 
 from psigraph import gpu_start
-from psigraph.bench import prompt_record
+from psigraph.bench.measure import prompt_record
 from psigraph.cli.options import prefill_option
 from psigraph.ir.errors import DeviceError, UnsupportedModelError, UsageError
+from psigraph.options import SessionOptions
 from psigraph.prefill import PREFILLS, prefill_maker
-from psigraph.runtime import cublas
+from psigraph.runtime.cuda import cublas
 from psigraph.session import open_session
 
 
@@ -120,7 +121,7 @@ def test_an_old_library_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_in_numpy_a_prompt_is_timed_once_and_shows_its_progress() -> None:
     seen: list[tuple[int, int]] = []
-    with open_session(Q4, "cpu") as session:
+    with open_session(Q4, SessionOptions("cpu")) as session:
         record = prompt_record(session, 12, 3, lambda done, total: seen.append((done, total)))
         assert session.fed_at_once == 1
     assert record["tokens"] == 12
@@ -134,7 +135,7 @@ def test_in_numpy_a_prompt_is_timed_once_and_shows_its_progress() -> None:
 
 def test_short_prompts_go_in_token_by_token_and_the_record_says_so() -> None:
     seen: list[tuple[int, int]] = []
-    with open_session(Q4, "host", ctx=64) as session:
+    with open_session(Q4, SessionOptions("host", ctx=64)) as session:
         record = prompt_record(session, 8, 1, lambda done, total: seen.append((done, total)))
         assert session.prefill_of(9) == session.prefill == "by chunks, from the first prompt on"
         assert session.fed_at_once == 128
@@ -153,6 +154,6 @@ def test_a_way_that_needs_a_gpu_is_no_way_without_one(prefill: str, monkeypatch:
     with pytest.raises(
         UsageError, match=rf"^prefill {prefill}: no GPU works here \(no NVIDIA driver\), and numpy takes"
     ):
-        open_session(Q4, "auto", prefill=prefill)
-    with open_session(Q4, "auto", ctx=16) as session:
+        open_session(Q4, SessionOptions("auto", prefill=prefill))
+    with open_session(Q4, SessionOptions("auto", ctx=16)) as session:
         assert session.backend == "cpu"

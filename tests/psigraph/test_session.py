@@ -15,10 +15,11 @@ from psigraph import gpu_start
 from psigraph import session as sessions
 from psigraph.build import Model
 from psigraph.ir.errors import DeviceError, ModelFileError, PolicyRefusal, UnsupportedModelError, UsageError
-from psigraph.runtime.synth import write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
-from psigraph.sampler import SamplerSettings
+from psigraph.options import SessionOptions
+from psigraph.runtime.synth.model import write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import open_model_for, open_session
+from psigraph.text.sampler import SamplerSettings
 
 
 class FakeDriver:
@@ -59,7 +60,7 @@ def test_auto_takes_numpy_where_there_is_no_gpu_and_says_why(start: Start) -> No
         assert (session.context, session.position, session.vocabulary) == (2048, 0, 4096)
         assert session.timings["load_ms"] > 0
     with pytest.raises(DeviceError, match="no NVIDIA driver"):
-        open_session(Q4, "cuda")
+        open_session(Q4, SessionOptions("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_a_device_that_cannot_serve(name: str, capability: tuple[int, int], why:
         assert session.backend == "cpu"
         assert why in session.facts["no_gpu_because"]
     with pytest.raises(DeviceError, match=why):
-        open_session(Q4, "cuda")
+        open_session(Q4, SessionOptions("cuda"))
     assert all(driver.closed for driver in drivers)
     assert sessions.present_target() is None
 
@@ -109,24 +110,24 @@ def test_the_policy_speaks_before_the_spec_and_before_any_weight(start: Start, t
         raise PolicyRefusal("no")
 
     with pytest.raises(PolicyRefusal):
-        open_session(other, admit=refuse)
+        open_session(other, SessionOptions(admit=refuse))
     with pytest.raises(UnsupportedModelError, match="biases"):
         open_session(other)
     read: list[int] = []
     with pytest.raises(PolicyRefusal):
-        open_session(Q4, check=refuse, on_load=lambda done, total: read.append(done))
+        open_session(Q4, SessionOptions(check=refuse, on_load=lambda done, total: read.append(done)))
     assert not read
 
 
 def test_options_that_cannot_work() -> None:
     with pytest.raises(UsageError, match="--backend gpu"):
-        open_session(Q4, "gpu")
+        open_session(Q4, SessionOptions("gpu"))
     with pytest.raises(UsageError, match="f32 cache"):
-        open_session(Q4, "cuda", cache_dtype="f32")
+        open_session(Q4, SessionOptions("cuda", cache_dtype="f32"))
 
 
 def test_ids_are_checked_before_they_are_fed() -> None:
-    with open_session(Q4, "cpu", ctx=4) as session:
+    with open_session(Q4, SessionOptions("cpu", ctx=4)) as session:
         with pytest.raises(UsageError, match="nothing was fed"):
             session.decode(1)
         for ids, problem in (([], "empty"), ([4096], "ids are 0 to 4095"), ([-1], "outside"), ([1] * 5, "--ctx")):
@@ -139,7 +140,7 @@ def test_the_cache_grows_to_what_is_asked_for_as_far_as_the_model_allows(tmp_pat
     path = write_synth(tmp_path / "m.gguf", "0.6b", "q4_k_m", 1, layers=1, vocab=SMALLEST)
 
     def held(**options: Any) -> int:
-        with open_model_for(path, **options) as model:
+        with open_model_for(path, SessionOptions(**options)) as model:
             return int(model.binding.sizes["context"])
 
     assert held() == held(positions=10) == 4096
@@ -159,7 +160,7 @@ def test_the_cache_grows_to_what_is_asked_for_as_far_as_the_model_allows(tmp_pat
 @pytest.mark.parametrize("graph", [True, False])
 def test_on_a_gpu(path: Path, graph: bool) -> None:
     ids, wanted = reference_logits(path)
-    with open_session(path, "cuda", outputs=("logits",), graph=graph) as session:
+    with open_session(path, SessionOptions("cuda", outputs=("logits",), graph=graph)) as session:
         assert session.label == "psionic_qwen3_cuda"
         found = divergence(wanted, session.forced_logits(ids))
         assert found.mean() <= 2e-4
@@ -172,7 +173,7 @@ def test_on_a_gpu(path: Path, graph: bool) -> None:
 
 
 def test_a_rewind_forgets_what_came_after_and_nothing_before() -> None:
-    with open_session(Q4, "cpu", ctx=16) as session:
+    with open_session(Q4, SessionOptions("cpu", ctx=16)) as session:
         session.feed([5, 6, 7, 8])
         tokens = [token for chunk in session.decode(4) for token in chunk]
         session.rewind(2)
@@ -192,13 +193,13 @@ def test_a_session_that_samples_draws_what_the_seed_says_and_takes_the_likeliest
         session.feed([5, 6, 7, 8])
         return [token for chunk in session.decode(6) for token in chunk]
 
-    with open_session(Q4, "cpu", ctx=16) as session:
+    with open_session(Q4, SessionOptions("cpu", ctx=16)) as session:
         likeliest = tokens(session)
         assert not session.samples
         session.set_sampler(SamplerSettings(temperature=0))
         with pytest.raises(UsageError, match="sampling=True"):
             session.set_sampler(SamplerSettings())
-    with open_session(Q4, "cpu", ctx=16, sampling=True) as session:
+    with open_session(Q4, SessionOptions("cpu", ctx=16, sampling=True)) as session:
         assert session.samples
         assert tokens(session) == likeliest
         session.set_sampler(SamplerSettings(temperature=1.5, seed=3))

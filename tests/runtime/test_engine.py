@@ -15,10 +15,10 @@ from psigraph.build import build_program, open_model
 from psigraph.codegen.target import target_for
 from psigraph.passes.pipeline import PIPELINE
 from psigraph.runtime import host
-from psigraph.runtime.compiler import compile_program
-from psigraph.runtime.driver import Driver
+from psigraph.runtime.cuda.compiler import compile_program
+from psigraph.runtime.cuda.driver import Driver
+from psigraph.runtime.cuda.kernel_cache import KernelCache
 from psigraph.runtime.engine import Engine
-from psigraph.runtime.kernel_cache import KernelCache
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
 QUANTS = ("q4_k_m", "q8_0")

@@ -16,20 +16,22 @@ from prefill_graphs import multiply_in_numpy
 from psigraph.build import build_program, open_model
 from psigraph.codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
 from psigraph.codegen.target import target_for
-from psigraph.generation import Decoder, Limits
 from psigraph.ir.errors import OutOfMemoryError, UnsupportedModelError, UsageError
+from psigraph.options import SessionOptions
 from psigraph.passes.prefill import prefill_graph
 from psigraph.passes.use_sampler import SAMPLER
-from psigraph.runtime import host, synth
-from psigraph.runtime.compiler import compile_program
-from psigraph.runtime.driver import Driver
+from psigraph.runtime import host
+from psigraph.runtime.cuda.compiler import compile_program
+from psigraph.runtime.cuda.driver import Driver
+from psigraph.runtime.cuda.kernel_cache import KernelCache
 from psigraph.runtime.engine import Engine
-from psigraph.runtime.kernel_cache import KernelCache
 from psigraph.runtime.prefill import FEWEST, PrefillPlan
-from psigraph.runtime.synth import Size, write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
-from psigraph.sampler import SamplerSettings
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import Size, write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import Session, open_session
+from psigraph.text.generation import Decoder, Limits
+from psigraph.text.sampler import SamplerSettings
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
 MEAN_KL, LARGEST_KL = 2e-4, 1e-3
@@ -70,7 +72,7 @@ def by_steps(small: Path, ids: list[int]) -> dict[int, np.ndarray]:
     Kernels take steps in the tests of the cache and of sampling below.
     """
     found: dict[int, np.ndarray] = {}
-    with open_session(small, "cpu", ctx=768, outputs=("logits",)) as session:
+    with open_session(small, SessionOptions("cpu", ctx=768, outputs=("logits",))) as session:
 
         def keep(index: int) -> None:
             if index + 1 in LENGTHS:
@@ -82,7 +84,7 @@ def by_steps(small: Path, ids: list[int]) -> dict[int, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def chunked(small: Path) -> Iterator[Session]:
-    with open_session(small, "host", prefill="own", **OPTIONS) as session:
+    with open_session(small, SessionOptions("host", prefill="own", **OPTIONS)) as session:
         yield session
 
 
@@ -108,7 +110,7 @@ def test_every_length_gives_what_token_by_token_gives(
 def test_decoding_goes_on_and_repeats_bit_for_bit(chunked: Session, small: Path, ids: list[int]) -> None:
     runs: list[tuple[Any, ...]] = []
     for session in (chunked, chunked, None):
-        opened = session or open_session(small, "host", prefill="own", graph=False, **OPTIONS)
+        opened = session or open_session(small, SessionOptions("host", prefill="own", graph=False, **OPTIONS))
         opened.reset()
         opened.feed(ids[:300])
         tokens = [token for chunk in opened.decode(6) for token in chunk]
@@ -166,7 +168,8 @@ def test_the_context_can_be_filled_to_the_brim(chunked: Session) -> None:
 def test_the_tiny_model_meets_its_reference(quant: str) -> None:
     with np.load(TINY / "reference_logits.npz") as stored:
         ids, want = stored["ids"].tolist(), stored[f"logits_{quant}"].astype(np.float64)
-    with open_session(TINY / f"tiny-qwen3-{quant}.gguf", "host", outputs=("logits",), prefill="own") as session:
+    options = SessionOptions("host", outputs=("logits",), prefill="own")
+    with open_session(TINY / f"tiny-qwen3-{quant}.gguf", options) as session:
         divergences = []
         for length in (17, 40, 64):
             session.reset()
@@ -180,7 +183,7 @@ def test_sampling_sees_the_prompt(chunked: Session, small: Path, ids: list[int])
     """Penalties are about tokens of the prompt too: the history holds them, chunk or not."""
     found = []
     settings = SamplerSettings(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.2, seed=5)
-    with open_session(small, "host", prefill="off", **OPTIONS) as by_step:
+    with open_session(small, SessionOptions("host", prefill="off", **OPTIONS)) as by_step:
         for session in (chunked, by_step):
             session.reset()
             session.set_sampler(settings)
@@ -294,11 +297,11 @@ def test_a_program_of_another_model_is_refused(small: Path, ids: list[int], driv
 
 def test_ways_that_do_not_exist(small: Path) -> None:
     with pytest.raises(UsageError, match="choose one of auto, own, library, off"):
-        open_session(small, "host", prefill="fast")
+        open_session(small, SessionOptions("host", prefill="fast"))
     with pytest.raises(UsageError, match="the backend host has no library"):
-        open_session(small, "host", prefill="library")
+        open_session(small, SessionOptions("host", prefill="library"))
     for prefill in ("own", "library"):
         with pytest.raises(
             UsageError, match=f"^prefill {prefill}: numpy takes prompts in token by token; take auto or"
         ):
-            open_session(small, "cpu", prefill=prefill)
+            open_session(small, SessionOptions("cpu", prefill=prefill))

@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "codegen"))
 import q8_memory
 
 from psigraph.ir.errors import UsageError
-from psigraph.perplexity import log_probabilities
-from psigraph.runtime import synth
+from psigraph.options import SessionOptions
 from psigraph.runtime.engine import Engine
-from psigraph.runtime.synth import Size, write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import Size, write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import Session, open_session
+from psigraph.text.perplexity import log_probabilities
 
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny" / "tiny-qwen3-q4_k_m.gguf"
 MEAN_KL, LARGEST_KL = 2e-4, 1e-3
@@ -50,7 +51,7 @@ def ids() -> list[int]:
 def by_steps(small: Path, ids: list[int]) -> dict[int, np.ndarray]:
     """Length -> logits behind a prompt of that length, in numpy."""
     found: dict[int, np.ndarray] = {}
-    with open_session(small, "cpu", **OPTIONS) as session:
+    with open_session(small, SessionOptions("cpu", **OPTIONS)) as session:
         assert session.kv_type == "q8"
 
         def keep(index: int) -> None:
@@ -63,7 +64,7 @@ def by_steps(small: Path, ids: list[int]) -> dict[int, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def chunked(small: Path) -> Iterator[Session]:
-    with open_session(small, "host", prefill="own", **OPTIONS) as session:
+    with open_session(small, SessionOptions("host", prefill="own", **OPTIONS)) as session:
         assert session.kv_type == "q8"
         assert session.facts["arithmetic"].endswith("q8 cache")
         yield session
@@ -138,10 +139,11 @@ def test_the_cache_takes_half_the_memory(chunked: Session) -> None:
 
 def test_steps_of_the_tiny_model_against_numpy(ids: list[int]) -> None:
     """Unfused and fused: q8 rows that differ from numpy's are those that rounding could place either way."""
-    with open_session(TINY, "cpu", ctx=64, outputs=("logits",), kv_type="q8") as session:
+    with open_session(TINY, SessionOptions("cpu", ctx=64, outputs=("logits",), kv_type="q8")) as session:
         wanted = session.forced_logits(ids[:34])
     for disable in ((), ("fuse_rope_append", "fuse_attention")):
-        with open_session(TINY, "host", ctx=64, outputs=("logits",), kv_type="q8", disable=disable) as session:
+        options = SessionOptions("host", ctx=64, outputs=("logits",), kv_type="q8", disable=disable)
+        with open_session(TINY, options) as session:
             found = divergence(wanted, session.forced_logits(ids[:34]))
         assert found.mean() <= MEAN_KL
         assert found.max() <= LARGEST_KL
@@ -150,6 +152,6 @@ def test_steps_of_the_tiny_model_against_numpy(ids: list[int]) -> None:
 def test_a_type_that_does_not_exist() -> None:
     for backend in ("cpu", "host", "auto"):
         with pytest.raises(UsageError, match="--kv-type q4: choose one of f16, q8"):
-            open_session(TINY, backend, kv_type="q4")
+            open_session(TINY, SessionOptions(backend, kv_type="q4"))
     with pytest.raises(UsageError, match="f32 cache"):
-        open_session(TINY, "cpu", kv_type="q8", cache_dtype="f32")
+        open_session(TINY, SessionOptions("cpu", kv_type="q8", cache_dtype="f32"))

@@ -10,7 +10,7 @@ from tiny_model import Q4
 from psigraph import gpu_start
 from psigraph.cli import run
 from psigraph.ir.errors import DeviceError
-from psigraph.runtime.driver import OTHER_BACKENDS
+from psigraph.runtime.cuda.driver import OTHER_BACKENDS
 
 
 @pytest.mark.parametrize("command", ["ablate", "tune"])

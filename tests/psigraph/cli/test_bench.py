@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from tiny_model import Q4, Q4_SHA256, reference_greedy
 
-from psigraph import bench as measuring
 from psigraph import numpy_path
+from psigraph.bench import measure as measuring
+from psigraph.bench.report import read_json, validate_report
 from psigraph.cli import run
 from psigraph.cli.bench import summary
-from psigraph.report import read_json, validate_report
-from psigraph.runtime.synth import write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
+from psigraph.runtime.synth.model import write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 

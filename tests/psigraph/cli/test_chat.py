@@ -21,7 +21,7 @@ from psigraph import api
 from psigraph.cli import run
 from psigraph.cli.chat import interrupts
 from psigraph.cli.chat_input import entries
-from psigraph.guard import Guard, load_policy
+from psigraph.medpsy.guard import Guard, load_policy
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from tiny_model import Q4, changed
 
-from psigraph import compilation
 from psigraph.build import fuse, open_model
 from psigraph.cli import run
+from psigraph.inspect import compilation
 from psigraph.ir.text import parse_graph
 from psigraph.passes.pipeline import PIPELINE
-from psigraph.runtime.synth import synth_model, write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
+from psigraph.runtime.synth.model import synth_model, write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 

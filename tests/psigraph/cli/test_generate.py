@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from tiny_model import Q4, changed, reference_greedy
 
-from psigraph import guard
 from psigraph import session as sessions
 from psigraph.cli import run
-from psigraph.policy import template_digest
-from psigraph.runtime.gguf_file import open_gguf
-from psigraph.runtime.tokenizer import Tokenizer
+from psigraph.medpsy import guard
+from psigraph.medpsy.policy import template_digest
+from psigraph.options import SessionOptions
+from psigraph.runtime.gguf.file import open_gguf
+from psigraph.runtime.tokenizer.bpe import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
@@ -142,7 +143,7 @@ def test_log_probabilities_are_those_of_the_models_own_logits(
     assert "logprobs" not in plain
     assert record["ids"] == plain["ids"]
     ids = [*record["prompt_ids"], *record["ids"]]
-    with sessions.open_session(Q4, "cpu", ctx=8, outputs=("logits",)) as session:
+    with sessions.open_session(Q4, SessionOptions("cpu", ctx=8, outputs=("logits",))) as session:
         rows = session.forced_logits(ids[:-1])[1:]
     for row, token, told in zip(rows, record["ids"], record["logprobs"], strict=True):
         values = row - np.log(np.exp(row - row.max()).sum()) - row.max()
@@ -271,7 +272,7 @@ def test_the_medical_guard_answers_instead_of_the_model(
     with open_gguf(Q4) as file:
         ids = Tokenizer(file).encode(request)
         digest = template_digest(str(file.metadata["tokenizer.chat_template"]))
-    monkeypatch.setattr("psigraph.policy.Policy.is_medpsy", lambda self, sha256, template: template == digest)
+    monkeypatch.setattr("psigraph.medpsy.policy.Policy.is_medpsy", lambda self, sha256, template: template == digest)
     prompt = ["--prompt", request] if given == "text" else ["--prompt-token-ids", ",".join(map(str, ids))]
     assert run([*BASE, *prompt]) == 5
     if given == "text":

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_model import Q4, reference_greedy
 
+from psigraph.bench.report import read_json, validate_report
 from psigraph.ir.errors import UsageError
-from psigraph.report import read_json, validate_report
 from psigraph.runtime.host.variables import check_variables
 
 SOURCES = (".py", ".h", ".cpp")
@@ -42,12 +42,13 @@ def test_the_stand_in_does_not_pass_for_a_gpu() -> None:
     code = f"""
 from psigraph.runtime import host
 from psigraph.ir.errors import DeviceError
+from psigraph.options import SessionOptions
 from psigraph.session import open_session
 host.activate()
 with open_session({str(Q4)!r}) as session:
     print(session.backend, session.facts["no_gpu_because"])
 try:
-    open_session({str(Q4)!r}, "cuda")
+    open_session({str(Q4)!r}, SessionOptions("cuda"))
 except DeviceError as error:
     print(error)
 """
@@ -99,8 +100,9 @@ def test_a_capability_gets_the_kernels_of_its_class(
     monkeypatch.setenv("PSIGRAPH_HOST_CAPABILITY", capability)
     prompt, greedy, _ = reference_greedy(Q4, "one_token")
     code = f"""
+from psigraph.options import SessionOptions
 from psigraph.session import open_session
-with open_session({str(Q4)!r}, "host", ctx=16) as session:
+with open_session({str(Q4)!r}, SessionOptions("host", ctx=16)) as session:
     session.feed({prompt!r})
     launches = session.program.launches
     largest = max(launch.shared_bytes for launch in launches)

@@ -10,8 +10,8 @@ import pytest
 
 from psigraph.cli import run, synth
 from psigraph.ir.errors import OutputError
-from psigraph.runtime.synth import write_synth
-from psigraph.runtime.synth_vocab import SMALLEST
+from psigraph.runtime.synth.model import write_synth
+from psigraph.runtime.synth.vocab import SMALLEST
 
 
 def test_options_reach_the_writer(

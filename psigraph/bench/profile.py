@@ -1,0 +1,139 @@
+"""Where a decode step's time goes, kernel by kernel (`psigraph bench --profile`).
+
+The rows are consecutive stretches of the GPU's own clock, so they add up to the step: for
+each launch the hand-over (from the end of the kernel before to its first block's release)
+and its own time (from there to its last warp's end), and one row for what lies between
+two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..codegen.profile import PLACES, TRACE, profiled
+from ..ir.errors import UsageError
+from ..ir.program import Program
+from ..runtime.cuda.compiler import compile_program
+from ..runtime.cuda.kernel_cache import KernelCache, default_cache_dir
+from ..runtime.engine import Engine
+
+STEPS = 40
+WARM_UP = 10
+POSITIONS = WARM_UP + STEPS  # that a profile fills after its ids
+BETWEEN = "between steps"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of the step, all its launches together.
+
+    own_us and handover_us are medians over steps, summed over launches; nbytes are weights,
+    and the cache at the position measured; share is nbytes over own + hand-over time, as a
+    part of the read bandwidth.
+    """
+
+    kernel: str
+    launches: int
+    own_us: float
+    handover_us: float
+    nbytes: int
+    share: float | None
+
+    @property
+    def us(self) -> float:
+        return self.own_us + self.handover_us
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The rows, what they add up to, and the step as events measured it without stamps, microseconds."""
+
+    rows: tuple[Row, ...]
+    step_us: float
+    plain_step_us: float
+    position: int
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """For a report's `kernels` key."""
+        return [
+            {
+                "name": row.kernel,
+                "launches": row.launches,
+                "us": row.us,
+                "own_us": row.own_us,
+                "handover_us": row.handover_us,
+                "bytes": row.nbytes,
+                "share_of_read_bandwidth": row.share,
+            }
+            for row in self.rows
+        ]
+
+    def summary(self) -> dict[str, float]:
+        """For a report's timings: what the rows add up to, and the step without stamps."""
+        return {"position": self.position, "rows_us": self.step_us, "step_us": self.plain_step_us}
+
+
+def measure_profile(
+    engine: Engine, arch: str, ids: Sequence[int], bandwidth: float | None, steps: int = STEPS
+) -> Profile:
+    """Profile an engine's step after feeding it `ids`; the engine runs its own program again afterwards.
+
+    bandwidth: measured read bandwidth in bytes per second, or None. UsageError if the
+    context cannot hold ids and steps.
+    """
+    needed = len(ids) + WARM_UP + steps
+    if needed > engine.context:
+        raise UsageError(
+            f"a profile needs {needed} positions and the context has {engine.context}; give a larger --ctx"
+        )
+    plain = engine.program
+    kernels = engine.compiled
+    engine.reset()
+    engine.feed(ids)
+    engine.step_times(WARM_UP)
+    plain_step = float(np.median(engine.step_times(steps)))
+    stamped = profiled(plain)
+    compiled = compile_program(stamped, arch, KernelCache(default_cache_dir()))
+    engine.adopt(stamped, compiled)
+    try:
+        engine.reset()
+        engine.feed(ids)
+        engine.step_times(WARM_UP)
+        position = engine.position + steps // 2
+        times = np.stack([_one_step(engine) for _ in range(steps)])
+    finally:
+        engine.adopt(plain, kernels)
+    return _profile(plain, times, plain_step, position, bandwidth)
+
+
+def _one_step(engine: Engine) -> np.ndarray:
+    """int64[launches, 2]: release and end of each launch of one step, nanoseconds."""
+    engine.clear(TRACE)
+    engine.step()
+    stamps = engine.read(TRACE).view(np.uint64).reshape(-1, 2, PLACES).max(axis=2)
+    return np.stack([~stamps[:, 0], stamps[:, 1]], axis=1).astype(np.int64)
+
+
+def _profile(program: Program, times: np.ndarray, plain_step: float, position: int, bandwidth: float | None) -> Profile:
+    releases, ends = times[..., 0], times[..., 1]
+    own = np.median(ends - releases, axis=0) / 1e3
+    handover = np.zeros_like(own)
+    handover[1:] = np.median(releases[:, 1:] - ends[:, :-1], axis=0) / 1e3
+    inside = float(np.median(ends[:, -1] - releases[:, 0])) / 1e3
+    rows = []
+    for name in dict.fromkeys(launch.kernel for launch in program.launches):
+        slots = [slot for slot, launch in enumerate(program.launches) if launch.kernel == name]
+        nbytes = sum(
+            launch.bytes_read + launch.cache_bytes_per_position * position
+            for launch in (program.launches[slot] for slot in slots)
+        )
+        own_us, handover_us = float(own[slots].sum()), float(handover[slots].sum())
+        seconds = (own_us + handover_us) * 1e-6
+        share = nbytes / seconds / bandwidth if bandwidth and seconds > 0 else None
+        rows.append(Row(name, len(slots), own_us, handover_us, nbytes, share))
+    rows.append(Row(BETWEEN, 1, max(0.0, plain_step - inside), 0.0, 0, None))
+    return Profile(tuple(rows), sum(row.us for row in rows), plain_step, position)

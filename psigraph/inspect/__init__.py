@@ -1,0 +1,1 @@
+"""A model at every stage of compilation: computed, written to a folder, read back and shown."""

@@ -1,0 +1,216 @@
+"""What `psigraph inspect` looks at: the stages of a model file, computed, or of a compiled folder, read back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..build import Model, open_model
+from ..codegen.cache_types import CACHE_TYPES
+from ..codegen.lower import lower
+from ..codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
+from ..codegen.target import Target, target_for
+from ..ir.errors import ModelFileError, UsageError
+from ..ir.graph import Graph, layer_of
+from ..ir.program import Program
+from ..ir.text import parse_graph, print_graph
+from ..ir.types import CACHE_DTYPES
+from ..json_file import read_json
+from ..medpsy.artifact import artifact_record, model_size, tensor_types
+from ..medpsy.policy import tier_of
+from ..passes.prefill import prefill_graph
+from .compilation import PROGRAM_FILE, Built, Source, default_target, program_record, stages_of
+
+INPUT = "input"
+PREFILL = "prefill_"
+_GRAPH_FILE = re.compile(r"(\d{2,})-(\w+)\.txt")
+
+
+@dataclass
+class Inspected:
+    """Stages of a model: graphs by name in order (`input`, then every pass), the program, the kernels' texts.
+
+    Made by `inspect_path`. Graphs, program and kernels are only computed or read when they are asked for.
+    """
+
+    name: str
+    facts: dict[str, str]
+    _names: tuple[str, ...]
+    _graph: Callable[[str], Graph]
+    _program: Callable[[], dict[str, Any]]
+    _kernel: Callable[[str], str]
+    passes: list[dict[str, Any]]
+    _known: dict[str, Graph] = field(default_factory=dict)
+
+    def graph(self, stage: str) -> Graph:
+        """The graph after a pass, or the `input`; UsageError lists the passes."""
+        if stage not in self._names:
+            raise UsageError(f"there is no pass {stage}; the passes are {', '.join(self._names[1:])}")
+        if stage not in self._known:
+            self._known[stage] = self._graph(stage)
+        return self._known[stage]
+
+    @property
+    def fused(self) -> Graph:
+        """The graph after the last pass."""
+        return self.graph(self._names[-1])
+
+    @property
+    def prompt(self) -> Graph:
+        """The graph that takes a chunk of a prompt in."""
+        return prefill_graph(self.graph(INPUT), CHUNK_TOKENS)
+
+    def before(self, stage: str) -> str:
+        """The stage that a pass works on."""
+        self.graph(stage)
+        if stage == INPUT:
+            raise UsageError(f"{INPUT} is what the first pass works on; the passes are {', '.join(self._names[1:])}")
+        return self._names[self._names.index(stage) - 1]
+
+    def diff(self, stage: str, layer: int | None = None) -> str:
+        """What a pass changed, as a unified diff of the printed graphs; "" if it changed nothing."""
+        before = self.before(stage)
+        old = print_graph(self.graph(before), layer).splitlines(keepends=True)
+        new = print_graph(self.graph(stage), layer).splitlines(keepends=True)
+        return "".join(difflib.unified_diff(old, new, before, stage))
+
+    def program(self) -> dict[str, Any]:
+        """The content of program.json."""
+        return self._program()
+
+    def prompt_program(self) -> Program:
+        """What takes a chunk of a prompt in, by own kernels."""
+        return lower_prefill(self.prompt, target_for(self.program()["arch"]))
+
+    def launches(self, name: str, layer: int | None = None) -> list[dict[str, Any]]:
+        """The launches of a kernel, in order; UsageError if it has none in that layer."""
+        record = json.loads(self.prompt_program().to_json()) if name.startswith(PREFILL) else self.program()
+        found = [launch for launch in record["launches"] if launch["kernel"] == name]
+        if layer is None:
+            return found
+        here = [launch for launch in found if launch["layer"] == layer]
+        if not here:
+            layers = sorted({launch["layer"] for launch in found if launch["layer"] is not None})
+            where = f"in layer {', '.join(map(str, layers))}" if layers else "outside of the layers"
+            raise UsageError(f"--layer {layer}: {name} is launched {where}, not there")
+        return here
+
+    def kernel(self, name: str) -> str:
+        """A kernel's text, a prompt's (by own kernels, `prefill_...`) too; UsageError lists the kernels."""
+        known = self.program()["kernels"]
+        if name.startswith(PREFILL):
+            program = self.prompt_program()
+            known = [kernel.name for kernel in program.kernels]
+            if name in known:
+                return program.kernel(name).text
+        if name not in known:
+            also = "" if name.startswith(PREFILL) else f"; those of prompts begin with {PREFILL}"
+            raise UsageError(f"--kernel {name}: there is no such kernel; there are {', '.join(known)}{also}")
+        return self._kernel(name)
+
+    def check_layer(self, layer: int | None) -> None:
+        """UsageError if the model has no such layer."""
+        if layer is None:
+            return
+        last = max((found for node in self.fused.nodes if (found := layer_of(node)) is not None), default=-1)
+        if layer > last:
+            raise UsageError(f"--layer {layer}: the model has layers 0 to {last}")
+
+
+def inspect_path(path: Path, target: Target | None = None, kv_type: str = CACHE_DTYPES[0]) -> Inspected:
+    """A model file, or a folder that `psigraph compile` wrote.
+
+    target: for what a model file's kernels are written; None: this machine's GPU, or sm_90a. kv_type: the type of its
+    KV cache.
+    """
+    return _folder(path) if path.is_dir() else _file(path, target, kv_type)
+
+
+def _file(path: Path, target: Target | None, kv_type: str) -> Inspected:
+    with open_model(path, kv_type=kv_type) as model:
+        stages = stages_of(Source(path.name, model.spec, model.binding))
+        facts = _model_facts(model)
+    graphs = dict(stages.graphs)
+    built: list[Built] = []
+
+    def program() -> Built:
+        if not built:
+            chosen = target or default_target()
+            built.append(Built(chosen.arch, lower(stages.fused, chosen), {}))
+        return built[0]
+
+    return Inspected(
+        name=path.name,
+        facts=facts,
+        _names=tuple(graphs),
+        _graph=lambda stage: graphs[stage],
+        _program=lambda: program_record(stages, program()),
+        _kernel=lambda name: program().program.kernel(name).text,
+        passes=[asdict(report) for report in stages.passes],
+    )
+
+
+def cache_bytes(graph: Graph) -> int:
+    """Bytes that one position takes in all of a step's caches."""
+    caches = [param.type for param in graph.params if param.kind == "state" and len(param.type.shape) == 3]
+    return sum(type_.shape[0] * CACHE_TYPES[type_.dtype].position_bytes(type_.shape[2]) for type_ in caches)
+
+
+def _model_facts(model: Model) -> dict[str, str]:
+    record = artifact_record(model)
+    sizes = model.binding.sizes
+    mix = ", ".join(f"{count} {kind}" for kind, count in record["quant_mix"].items())
+    return {
+        "model": record["name"] or record["file"],
+        "architecture": f"{record['architecture']} ({model.spec.file})",
+        "size": f"{model_size(model)}, {record['parameters']:,} parameters, {record['file_bytes']:,} bytes",
+        "weights": f"{tier_of(tensor_types(model.file))}: {mix}" + (", synthetic" if record["synthetic"] else ""),
+        "sizes": ", ".join(f"{name} {value}" for name, value in sizes.items() if isinstance(value, int)),
+        "context": f"{model.binding.context_limit} at most",
+        "cache": f"{model.binding.kv_type}, {cache_bytes(model.graph()):,} bytes a position in all layers",
+    }
+
+
+def _folder(path: Path) -> Inspected:
+    if not (path / PROGRAM_FILE).is_file():
+        raise ModelFileError("is neither a model file nor a folder that psigraph compile wrote", str(path))
+    record = read_json(path / PROGRAM_FILE)
+    try:
+        files = sorted(
+            (int(match[1]), match[2], found)
+            for found in (path / "ir").iterdir()
+            if (match := _GRAPH_FILE.fullmatch(found.name))
+        )
+    except OSError as error:
+        raise UsageError(f"{path}/ir: cannot be read: {error.strerror}; compile the model again") from None
+    missing = [key for key in ("kernels", "launches", "passes", "model", "arch") if key not in record]
+    if missing or not files:
+        what = f"{PROGRAM_FILE}: {missing[0]} is missing" if missing else "ir/: holds no graph"
+        raise UsageError(f"{path}/{what}; compile the model again")
+    by_name = {name: found for _, name, found in files}
+
+    def graph(stage: str) -> Graph:
+        return parse_graph(_read(by_name[stage]), by_name[stage].name)
+
+    return Inspected(
+        name=path.name,
+        facts={"model": str(record["model"]), "compiled for": str(record["arch"])},
+        _names=tuple(by_name),
+        _graph=graph,
+        _program=lambda: record,
+        _kernel=lambda name: _read(path / "kernels" / f"{name}.cu"),
+        passes=record["passes"],
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise UsageError(f"{path}: cannot be read: {reason}; compile the model again") from None

@@ -1,0 +1,1 @@
+"""The MedPsy pilot: its policy and guard, other runtimes beside psigraph, and the matrix of claims."""

@@ -1,0 +1,1 @@
+"""Text in and out: prompts, templates, samplers, generation, conversations, and judging a model by a text."""

@@ -1,0 +1,187 @@
+"""A conversation with a model: its history, its settings, and the file in which it is kept. Knows no terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..api import LanguageModel
+from ..ir.errors import UsageError
+from ..json_file import read_json, write_json_atomically
+from .generation import TextRun
+from .sampler import SamplerSettings
+from .stop_strings import StopStrings
+from .template import check_messages
+
+FORMAT = "psigraph chat 1"
+# What Qwen3's model card asks for; taking the likeliest token each time makes its thinking go round in circles.
+CHAT_SAMPLER = SamplerSettings(temperature=0.6, top_k=20, top_p=0.95, min_p=0.0)
+_OFF = ("none", "off", "default")
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How answers are made.
+
+    max_new_tokens  None: until the model ends its turn or the context is full.
+    thinking        None: as the template does by itself.
+    stop            strings before which an answer ends.
+    """
+
+    sampler: SamplerSettings = CHAT_SAMPLER
+    max_new_tokens: int | None = None
+    thinking: bool | None = None
+    stop: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Name -> value, as `with_value` and a saved chat name them."""
+        sampler = {one.name: getattr(self.sampler, one.name) for one in fields(SamplerSettings)}
+        return {**sampler, "max_new_tokens": self.max_new_tokens, "thinking": self.thinking, "stop": self.stop}
+
+    def with_value(self, name: str, text: str) -> ChatSettings:
+        """The settings with one of them read from what was typed; UsageError says what the name or value may be.
+
+        temperature 0.7; thinking on, off or default; max_new_tokens 100 or none; stop TEXT, which is added, or none;
+        logit_bias {"42": -5}, or none.
+        """
+        if name == "thinking":
+            words: dict[str, bool | None] = {"on": True, "off": False, "default": None}
+            if text not in words:
+                raise UsageError(f"thinking is {text!r}; give on, off or default")
+            return replace(self, thinking=words[text])
+        if name == "stop":
+            if text == "none":
+                return replace(self, stop=())
+            StopStrings((text,))
+            return replace(self, stop=(*self.stop, text))
+        if name == "max_new_tokens":
+            count = None if text in _OFF else _number(name, text, int)
+            if count is not None and count < 1:
+                raise UsageError(f"max_new_tokens is {count}; at least 1 is needed, or none")
+            return replace(self, max_new_tokens=count)
+        if name == "logit_bias":
+            return replace(self, sampler=replace(self.sampler, logit_bias=_biases(text)))
+        known = self.record()
+        if name not in known:
+            raise UsageError(f"there is no setting {name!r}; the settings are {', '.join(known)}")
+        value = _number(name, text, type(known[name]))
+        return replace(self, sampler=replace(self.sampler, **{name: value}))
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> ChatSettings:
+        """The inverse of `record` after JSON; UsageError for what is no setting."""
+        try:
+            values = dict(record)
+            stop, most, thinking = values.pop("stop"), values.pop("max_new_tokens"), values.pop("thinking")
+            biases = {int(token): _bias(bias) for token, bias in dict(values.pop("logit_bias")).items()}
+            found = cls(SamplerSettings(**values, logit_bias=biases), most, thinking, tuple(stop))
+            StopStrings(found.stop)
+            texts = isinstance(stop, list | tuple) and all(isinstance(one, str) for one in stop)
+            if not texts or thinking not in (True, False, None) or (most is not None and not most >= 1):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise UsageError("its settings are not those of a chat") from None
+        return found
+
+
+def _number(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{name} is {text!r}; give {what}") from None
+
+
+def _biases(text: str) -> dict[int, float]:
+    if text in _OFF:
+        return {}
+    try:
+        return {int(token): _bias(bias) for token, bias in dict(json.loads(text)).items()}
+    except (ValueError, TypeError):
+        raise UsageError(f'logit_bias is {text!r}; give token ids and biases as {{"42": -5}}, or none') from None
+
+
+def _bias(value: Any) -> float:
+    return -math.inf if value == "-inf" else float(value)
+
+
+@dataclass
+class Conversation:
+    """The turns so far. `ask` gives an answer in pieces; `keep` makes question and answer part of the history."""
+
+    model: LanguageModel
+    settings: ChatSettings = field(default_factory=ChatSettings)
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def messages(self, question: str | None = None) -> list[dict[str, str]]:
+        """For the template: the system message, the turns, the question."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        asked = [{"role": "user", "content": question}] if question is not None else []
+        return [*system, *self.turns, *asked]
+
+    def ask(self, question: str, cancelled: Callable[[], bool] | None = None) -> TextRun:
+        """The model's answer; nothing is kept yet. Raises as `LanguageModel.chat`.
+
+        UsageError where the conversation has outgrown the context: nothing of it is ever left out quietly.
+        """
+        settings = self.settings
+        sampler = {} if settings.sampler.greedy else {
+            one.name: getattr(settings.sampler, one.name) for one in fields(SamplerSettings)
+        }  # fmt: skip
+        return self.model.chat(
+            self.messages(question),
+            settings.max_new_tokens,
+            thinking=settings.thinking,
+            stop=settings.stop,
+            cancelled=cancelled,
+            **sampler,
+        )
+
+    def keep(self, question: str, answer: str) -> None:
+        """Remember a turn of each."""
+        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation to a file, whole or not at all; OutputError where that fails."""
+        settings = self.settings.record()
+        biases = settings["logit_bias"].items()
+        settings["logit_bias"] = {str(token): "-inf" if bias == -math.inf else bias for token, bias in biases}
+        record = {
+            "format": FORMAT,
+            "model": self.model.session.model.file.path.name,
+            "system": self.system,
+            "messages": self.turns,
+            "settings": settings,
+        }
+        write_json_atomically(path, record)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take the place of this conversation by one that was saved.
+
+        UsageError where the file holds none, PolicyRefusal where the medical guard refuses what was asked in it; this
+        conversation then stays as it was.
+        """
+        record = read_json(path)
+        if record.get("format") != FORMAT:
+            raise UsageError(f"{path}: is no saved chat; /save writes them")
+        system, turns = record.get("system"), record.get("messages")
+        try:
+            if not isinstance(turns, list) or not isinstance(system, str | None):
+                raise UsageError("it holds no messages")
+            if turns:
+                check_messages(turns)
+            settings = ChatSettings.of_record(record.get("settings") or {})
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        self.model.ask_guard([*([{"role": "system", "content": system}] if system else []), *turns])
+        plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+        self.system, self.turns, self.settings = system, plain, settings
+
+    def reset(self) -> None:
+        """Forget all turns; the system message and the settings stay."""
+        self.turns = []

@@ -1,0 +1,1 @@
+"""GGUF files: read strictly, written for synthetic models."""

@@ -1,0 +1,1 @@
+"""Synthetic model files: a real model's exact shapes, random weights."""

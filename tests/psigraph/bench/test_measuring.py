@@ -1,0 +1,163 @@
+"""bench --profile, --sweep and --baseline, and tune, on generated kernels and the stand-in driver.
+
+They run in a process of their own: a driver is chosen once in a process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psigraph.bench.baseline import compare_reports
+from psigraph.bench.tuned import load_tuned, save_tuned, tuned_path
+from psigraph.ir.errors import UsageError
+
+TINY = Path(__file__).parents[3] / "fixtures" / "tiny" / "tiny-qwen3-q4_k_m.gguf"
+
+
+def psigraph(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "psigraph", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PSIGRAPH_CACHE_DIR": str(cache)},
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """(cache, report, printed) of one profiled run on the host target."""
+    folder = tmp_path_factory.mktemp("measured")
+    work = ["--max-new-tokens", "4", "--repeats", "2", "--prompt-token-ids", "5,6"]
+    done = psigraph(
+        *["bench", "--model-path", str(TINY), "--backend", "host", *work],
+        *["--profile", "--json-out", str(folder / "report.json")],
+        cache=folder / "cache",
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "cache", json.loads((folder / "report.json").read_text()), done.stdout
+
+
+def test_profile_has_a_row_for_every_kernel_of_the_step(measured: tuple[Path, dict[str, Any], str]) -> None:
+    _, report, printed = measured
+    rows = {row["name"]: row for row in report["kernels"]}
+    assert sum(row["launches"] for row in rows.values()) == 42 + 1  # 8 layers x 5, embedding, head, between steps
+    assert rows["rope_attention"]["launches"] == 8
+    assert all(row["us"] >= 0 for row in rows.values())
+    weights = sum(row["bytes"] for row in rows.values() if row["name"] != "rope_attention")
+    cache_of_mean_position = 8 * 1024 * 2.5  # 8 layers, 1,024 bytes a position, positions 1 to 4
+    assert weights == report["artifact"]["bytes_per_token"] - cache_of_mean_position
+    assert "hand-over" in printed
+    assert report["timings"]["profile"]["rows_us"] == pytest.approx(sum(row["us"] for row in rows.values()))
+
+
+def test_profile_leaves_the_engine_as_it_was(measured: tuple[Path, dict[str, Any], str]) -> None:
+    _, report, _ = measured
+    assert report["runs_identical"]
+    assert report["execution_engine"] == "psionic_qwen3_host"
+
+
+def test_sweep_measures_each_depth_and_writes_a_report_for_each(
+    measured: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    done = psigraph(
+        *["bench", "--model-path", str(TINY), "--backend", "host", "--max-new-tokens", "2", "--repeats", "1"],
+        *["--prompt-token-ids", "5", "--sweep", "depth=0,8", "--json-out", str(tmp_path / "sweep")],
+        cache=measured[0],
+    )
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads((tmp_path / "sweep" / f"depth-{depth}.json").read_text()) for depth in (0, 8)]
+    assert [report["depth"] for report in reports] == [0, 8]
+    assert "more us" in done.stdout
+
+
+def test_baseline_tells_noise_from_change(measured: tuple[Path, dict[str, Any], str]) -> None:
+    report = measured[1]
+    assert "within the runs' spread" in compare_reports(report, report)[-1]
+    faster = json.loads(json.dumps(report))
+    for run in faster["runs"]:
+        run["decode_tokens_per_second"] *= 10
+    assert compare_reports(faster, report)[-1].endswith("faster")
+    single = {**report, "runs": report["runs"][:1]}
+    assert "a single run has no spread" in compare_reports(single, single)[-1]
+
+
+def test_baseline_refuses_other_work(measured: tuple[Path, dict[str, Any], str]) -> None:
+    report = measured[1]
+    with pytest.raises(UsageError, match="depth is 7 there and 0 here"):
+        compare_reports(report, {**report, "depth": 7})
+    with pytest.raises(UsageError, match="kv_type is q8 there and f16 here"):
+        compare_reports(report, {**report, "kv_type": "q8"})
+    older = {key: value for key, value in report.items() if key != "kv_type"}
+    assert compare_reports(report, older)
+
+
+def test_profile_needs_kernels(tmp_path: Path) -> None:
+    done = psigraph(
+        *["bench", "--model-path", str(TINY), "--backend", "cpu", "--profile", "--max-new-tokens", "1"],
+        *["--prompt-token-ids", "5", "--repeats", "1"],
+        cache=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "--profile: the backend cpu runs no kernels" in done.stderr
+
+
+@pytest.mark.parametrize("value", ["512", "depth=", "depth=1,,2", "ctx=5"])
+def test_sweep_says_how_depths_are_given(value: str, tmp_path: Path) -> None:
+    done = psigraph("bench", "--model-path", str(TINY), "--sweep", value, cache=tmp_path)
+    assert done.returncode == 2
+    assert "give depths as depth=0,512,1024" in done.stderr
+
+
+def test_tune_tries_shapes_and_keeps_nothing_from_the_stand_in(measured: tuple[Path, dict[str, Any], str]) -> None:
+    done = psigraph("tune", str(TINY), "--backend", "host", "--seconds", "4", cache=measured[0])
+    assert done.returncode == 0, done.stderr
+    assert "psigraph host target:" in done.stdout
+    assert "kept nothing" in done.stdout
+    assert "best" in done.stderr
+    assert not (measured[0] / "tuned").exists()
+
+
+def test_ablate_has_a_row_for_every_pass_and_feature(
+    measured: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    from psigraph.passes.pipeline import PIPELINE
+
+    done = psigraph(
+        *["ablate", str(TINY), "--backend", "host", "--depth", "1", "--steps", "4"],
+        *["--json-out", str(tmp_path / "ablation.json")],
+        cache=measured[0],
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "ablation.json").read_text())
+    passes = [f"pass {entry.name}" for entry in PIPELINE if not entry.lowering]
+    rows = {row["off"]: row for row in record["rows"]}
+    assert list(rows) == ["everything on", "programmatic edges", *passes, "all passes", "everything on, again"]
+    assert rows["everything on"]["kernels"] == 42
+    assert all(rows[name]["kernels"] > 42 for name in (*passes, "all passes"))
+    assert all(row["step_us"] > 0 for row in rows.values())
+
+
+def test_tuned_shapes_survive_only_if_they_make_sense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from psigraph.runtime.cuda.driver import DeviceFacts
+
+    monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(tmp_path))
+    facts = DeviceFacts("NVIDIA H200", (9, 0), 132, 1, 1, "13.0")
+    assert load_tuned(facts) == {}
+    shapes = {"scaled_swiglu q4_k[6144,2048] q4_k[6144,2048]": {"column_warps": 8, "tile_warps": 2}}
+    save_tuned(facts, shapes)
+    save_tuned(facts, {"other": {"column_warps": 4}})
+    assert load_tuned(facts) == {**shapes, "other": {"column_warps": 4}}
+    for odd in ("not json", "[]", '{"schema": "x"}', '{"schema": "psigraph.tuned.v1", "shapes": {"a": 3}}'):
+        tuned_path(facts).write_text(odd)
+        assert load_tuned(facts) == {}
+    tuned_path(facts).write_text('{"schema": "psigraph.tuned.v1", "shapes": {"a": {"column_warps": -1, "evil": 1}}}')
+    assert load_tuned(facts) == {"a": {}}
