@@ -13,15 +13,16 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: help demo test slow lint gate pytest compiler clean
+.PHONY: help demo test slow mutants lint gate pytest compiler clean
 
 help:
-	@echo "make demo   compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
-	echo "make test   lint, types and every test that needs no GPU"
-	echo "make slow   the tests that compile for minutes"
-	echo "make lint   ruff and mypy"
-	echo "make gate   reports, claims and policy against each other"
-	echo "make clean  remove everything that make wrote"
+	@echo "make demo     compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
+	echo "make test     lint, types and every test that needs no GPU; WORKERS=N processes, at most 1.5 GB each"
+	echo "make slow     the tests that compile or fail for minutes; needs g++"
+	echo "make mutants  breaks a copy of the tree in ways that tests must notice; needs g++ and git, takes minutes"
+	echo "make lint     ruff and mypy"
+	echo "make gate     reports, claims and policy against each other"
+	echo "make clean    remove everything that make wrote"
 
 demo: .venv/installed
 	@PSIGRAPH_PYTHON=$(VENV) bash scripts/demo.sh
@@ -29,15 +30,19 @@ demo: .venv/installed
 test: compiler lint gate pytest
 
 pytest: compiler .venv/installed-dev
-	@$(VENV) -m pytest -q -n $(WORKERS) -m "not gpu and not slow"
+	@$(VENV) -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
 
-# What takes minutes of compiling: unfused kernels under the sanitizers.
+# What takes minutes: unfused kernels under the sanitizers, every failure of every call of the driver.
 slow: compiler .venv/installed-dev
 	@$(VENV) -m pytest -q -n $(WORKERS) -m "slow and not gpu"
 
+# Tests that do not fail when the code is wrong prove nothing: scripts/mutants/mutants.toml.
+mutants: compiler .venv/installed-dev
+	@$(VENV) scripts/mutants
+
 compiler:
 	@command -v g++ > /dev/null || {
-		echo "make test runs the kernels on the CPU and needs g++: apt-get install g++ (or: dnf install gcc-c++)" >&2
+		echo "the tests run the kernels on the CPU and need g++: apt-get install g++ (or: dnf install gcc-c++)" >&2
 		exit 1
 	}
 

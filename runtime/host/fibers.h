@@ -319,17 +319,37 @@ static void prepare(Fiber& fiber) {
 #endif
 }
 
-// Memory for `count` blocks of the launch's size; kept from launch to launch.
+static void free_fibers() {
+    if (fiber_room) munmap(fibers[0].stack, fiber_room * STACK_BYTES);
+    free(fibers);
+    free(warps);
+    fiber_room = 0;
+}
+static void free_blocks() {
+    for (unsigned i = 0; i < block_room; i++) {
+        free(blocks[i].dynamic);
+        free(blocks[i].statics);
+    }
+    free(blocks);
+    block_room = 0;
+}
+#ifndef PSIGRAPH_HOST_WATCH  // a watching build is never unloaded, and would watch this too
+// When the image is unloaded. At the end of a process another thread may still be in the kernel.
+__attribute__((destructor)) static void free_pools() {
+    if (self) return;
+    free_fibers();
+    free_blocks();
+}
+#endif
+
+// Memory for `count` blocks of the launch's size; kept from launch to launch, until the image is unloaded.
 static bool reserve(unsigned count) {
     unsigned threads = threads_each * count;
     if (threads > fiber_room) {
-        if (fiber_room) munmap(fibers[0].stack, fiber_room * STACK_BYTES);
-        free(fibers);
-        free(warps);
+        free_fibers();
         fibers = (Fiber*)calloc(threads, sizeof(Fiber));
         warps = (Warp*)calloc(threads, sizeof(Warp));  // blocks of fewer than 32 threads have a warp each
         void* stacks = mmap(nullptr, threads * STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        fiber_room = 0;
         if (!fibers || !warps || stacks == MAP_FAILED) return false;
         for (unsigned i = 0; i < threads; i++) fibers[i].stack = (char*)stacks + i * STACK_BYTES;
         fiber_room = threads;
@@ -341,15 +361,10 @@ static bool reserve(unsigned count) {
     bool again = bytes > dynamic_room;
 #endif
     if (count > block_room || again) {
-        for (unsigned i = 0; i < block_room; i++) {
-            free(blocks[i].dynamic);
-            free(blocks[i].statics);
-        }
-        free(blocks);
         if (count < block_room) count = block_room;
         if (bytes > dynamic_room || again) dynamic_room = bytes;
+        free_blocks();
         blocks = (Block*)calloc(count, sizeof(Block));
-        block_room = 0;
         if (!blocks) return false;
         for (unsigned i = 0; i < count; i++) {
             if (posix_memalign((void**)&blocks[i].dynamic, 1024, dynamic_room ? dynamic_room : 1)) return false;

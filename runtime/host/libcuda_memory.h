@@ -1,6 +1,8 @@
 // The stand-in driver. Memory.
 #ifndef PSIGRAPH_LIBCUDA_MEMORY_H
 #define PSIGRAPH_LIBCUDA_MEMORY_H
+#include <sys/mman.h>
+
 #include "libcuda_device.h"
 
 // The allocation that holds all of [at, at + bytes), or null.
@@ -41,7 +43,10 @@ static CUresult allocate(CUdeviceptr* at, size_t bytes, bool host, Pool* pool) {
     one.bytes = bytes;
     one.host = host;
     one.pool = pool;
-    if (posix_memalign((void**)&one.whole, GUARD_BYTES, bytes + 2 * GUARD_BYTES)) return OUT_OF_MEMORY;
+    // From the system, not from malloc, which keeps what is freed.
+    void* whole = mmap(nullptr, bytes + 2 * GUARD_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (whole == MAP_FAILED) return OUT_OF_MEMORY;
+    one.whole = (char*)whole;
     memset(one.whole, GUARD, GUARD_BYTES);
     memset(one.whole + GUARD_BYTES + bytes, GUARD, GUARD_BYTES);
     if (bytes <= POISON_LIMIT) memset(one.whole + GUARD_BYTES, 0xFF, bytes);  // read before written: NaN
@@ -58,7 +63,7 @@ static CUresult release(CUdeviceptr at, bool host) {
     CUresult result = OK;
     if (!guards_whole(at, found->second)) result = check_guards();
     if (!host) s.used -= found->second.bytes;
-    free(found->second.whole);
+    munmap(found->second.whole, found->second.bytes + 2 * GUARD_BYTES);
     s.memory.erase(found);
     return result;
 }

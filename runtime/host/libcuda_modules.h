@@ -12,19 +12,14 @@ static CUresult load_module(Module** module, const void* image) {
     }
     auto loaded = std::make_unique<Module>();
     loaded->image.assign((const char*)image, bytes);
-    void* handle;
-    const host_kernel* kernel = load_copy(loaded->image, &handle);
-    if (!kernel) {
-        if (handle) dlclose(handle);
-        return INVALID_IMAGE;
-    }
+    Copy copy = load_copy(loaded->image);
+    if (!copy.kernel) return INVALID_IMAGE;
     auto* function = new Function;
     function->module = loaded.get();
-    function->first = kernel;
-    function->copies = {kernel};
-    function->handles = {handle};
+    function->first = copy.kernel;
+    function->copies = {copy};
     loaded->function = function;
-    loaded->name = kernel->name;
+    loaded->name = copy.kernel->name;
     state().modules.insert(*module = loaded.release());
     state().functions.insert(function);
     return OK;
@@ -34,7 +29,8 @@ static CUresult unload_module(Module* module) {
     if (!state().modules.erase(module)) return INVALID_HANDLE;
     module->unloaded = true;
     state().functions.erase(module->function);
-    for (void* handle : module->function->handles) dlclose(handle);
+    for (const Copy& copy : module->function->copies) unload(copy);
+    module->function->copies.clear();
     module->image.clear();
     module->image.shrink_to_fit();
     return OK;

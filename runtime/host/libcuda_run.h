@@ -49,26 +49,37 @@ static void remove_file(const std::string& path) {
     kept->push_back(path);
 }
 
-// Load one more copy of a kernel. A file of its own each time: the loader would recognise the same one.
-static const host_kernel* load_copy(const std::string& image, void** handle) {
+// The loader unmaps the copy and runs its destructor, which frees its fibers' memory (fibers.h).
+static void unload(const Copy& copy) {
+    if (copy.handle) dlclose(copy.handle);
+    if (copy.file >= 0) close(copy.file);
+}
+
+// Load one more copy of a kernel; without `kernel` if it cannot be. A file of its own each time: the loader would
+// recognise the same one.
+static Copy load_copy(const std::string& image) {
+    Copy copy;
     const char* folder = getenv("TMPDIR");
     std::string path = std::string(folder && *folder ? folder : "/tmp") + "/psigraph-kernel-XXXXXX";
     int file = mkostemp(&path[0], O_CLOEXEC);
-    *handle = nullptr;
     if (file >= 0) {
-        if (write_all(file, image)) *handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+        if (write_all(file, image)) copy.handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         close(file);
         remove_file(path);
     }
-    if (!*handle) {  // a full folder, or one that allows no execution; the file stays open, so that its name stays unique
-        file = memfd_create("psigraph-kernel", MFD_CLOEXEC);
-        if (file < 0 || !write_all(file, image)) return nullptr;
-        *handle = dlopen(("/proc/self/fd/" + std::to_string(file)).c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!copy.handle) {  // a full folder, or one that allows no execution; open until unloaded, so that its name is unique
+        copy.file = memfd_create("psigraph-kernel", MFD_CLOEXEC);
+        if (copy.file >= 0 && write_all(copy.file, image))
+            copy.handle = dlopen(("/proc/self/fd/" + std::to_string(copy.file)).c_str(), RTLD_NOW | RTLD_LOCAL);
     }
-    if (!*handle) return nullptr;
-    auto get = (const host_kernel* (*)())dlsym(*handle, PSIGRAPH_HOST_SYMBOL);
+    auto get = copy.handle ? (const host_kernel* (*)())dlsym(copy.handle, PSIGRAPH_HOST_SYMBOL) : nullptr;
     const host_kernel* kernel = get ? get() : nullptr;
-    return kernel && kernel->abi == PSIGRAPH_HOST_ABI ? kernel : nullptr;
+    if (kernel && kernel->abi == PSIGRAPH_HOST_ABI) {
+        copy.kernel = kernel;
+        return copy;
+    }
+    unload(copy);
+    return {};
 }
 
 static unsigned worker_count() {
@@ -124,15 +135,12 @@ class Workers {
     // Run one launch on up to `use` workers; the first message of a kernel that failed, or "".
     std::string run(Function* function, const host_launch& launch, unsigned use) {
         while (function->copies.size() < use) {
-            void* handle;
-            const host_kernel* copy = load_copy(function->module->image, &handle);
-            if (!copy) {
-                if (handle) dlclose(handle);
+            Copy copy = load_copy(function->module->image);
+            if (!copy.kernel) {
                 use = (unsigned)function->copies.size();
                 break;
             }
             function->copies.push_back(copy);
-            function->handles.push_back(handle);
         }
         if (use <= 1) {
             host_launch alone = launch;
@@ -140,7 +148,8 @@ class Workers {
         }
         start();
         std::unique_lock<std::mutex> held(lock);
-        kernels.assign(function->copies.begin(), function->copies.begin() + use);
+        kernels.clear();
+        for (unsigned i = 0; i < use; i++) kernels.push_back(function->copies[i].kernel);
         launches.assign(use, launch);
         busy = worker_count() - 1;
         turn++;

@@ -62,12 +62,18 @@ struct Module {
     bool unloaded = false;
 };
 
+// One loaded copy of a kernel's shared object.
+struct Copy {
+    const host_kernel* kernel = nullptr;
+    void* handle = nullptr;
+    int file = -1;  // in memory, where it could not be loaded from a folder
+};
+
 // A kernel. One copy of its shared object for each worker: the statics in it are that worker's scheduler.
 struct Function {
     Module* module = nullptr;
     const host_kernel* first = nullptr;
-    std::vector<const host_kernel*> copies;
-    std::vector<void*> handles;
+    std::vector<Copy> copies;
     int max_dynamic = -1, carveout = -1;  // -1: nobody set it, so static and dynamic together may have 48 KiB
     bool large_clusters = false;  // more than 8 blocks
 };

@@ -26,6 +26,22 @@ def graph_of(
 
 
 @functools.cache
+def one_layer_of_each(size: str, quant: str) -> Graph:
+    """The fused step of a published size with one layer of each mix of types: all its kernels, not its length."""
+    layers: dict[str, dict[str, TensorType]] = {}
+    kept = {}
+    for name, tensor in tensors_of(size, quant).items():
+        if name.startswith("blk."):
+            _, number, part = name.split(".", 2)
+            layers.setdefault(number, {})[part] = tensor
+        else:
+            kept[name] = tensor
+    mixes = {tuple(layer.items()): layer for layer in layers.values()}.values()
+    kept |= {f"blk.{number}.{part}": t for number, layer in enumerate(mixes) for part, t in layer.items()}
+    return fuse(bound(size, kept, len(mixes), True, "f16"))[0]
+
+
+@functools.cache
 def prefill_of(
     size: str, quant: str, layers: int | None = None, tokens: int = CHUNK_TOKENS, kv_type: str = "f16"
 ) -> Graph:
@@ -35,13 +51,24 @@ def prefill_of(
 
 def step_of(size: str, quant: str, layers: int | None, logits: bool, kv_type: str = "f16") -> Graph:
     """The step of a published size as its spec has it."""
-    shape, recipe = synth.SIZES[size], synth.QUANTS[quant]
-    tensors = {t.name: TensorType(t.dtype, t.shape) for t in synth._tensors(shape, recipe, VOCABULARY)}
-    kept = shape.layers if layers is None else layers
+    kept = synth.SIZES[size].layers if layers is None else layers
+    tensors = tensors_of(size, quant)
     tensors = {name: t for name, t in tensors.items() if not name.startswith("blk.") or int(name.split(".")[1]) < kept}
+    return bound(size, tensors, kept, logits, kv_type)
+
+
+def tensors_of(size: str, quant: str) -> dict[str, TensorType]:
+    """The tensors of the whole model, by name."""
+    found = synth._tensors(synth.SIZES[size], synth.QUANTS[quant], VOCABULARY)
+    return {t.name: TensorType(t.dtype, t.shape) for t in found}
+
+
+def bound(size: str, tensors: dict[str, TensorType], layers: int, logits: bool, kv_type: str) -> Graph:
+    """The step of a model of these tensors as the spec has it."""
+    shape = synth.SIZES[size]
     metadata = {
         "general.architecture": "qwen3",
-        "qwen3.block_count": kept,
+        "qwen3.block_count": layers,
         "qwen3.context_length": shape.context,
         "qwen3.embedding_length": shape.hidden,
         "qwen3.feed_forward_length": shape.feed_forward,

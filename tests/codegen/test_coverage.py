@@ -6,7 +6,7 @@ import functools
 
 import pytest
 from product_graphs import overridden, product_graph, target_of
-from shipped import graph_of, tiny_graph
+from shipped import graph_of, one_layer_of_each, tiny_graph
 from test_attention import CASES, attention_graph, positions_of
 from test_attention import target_of as attention_target
 from test_products import EVERY_FORM, MIXED, MIXED_SHAPES
@@ -52,9 +52,8 @@ def needed(program: Program) -> dict[str, frozenset[str]]:
     """Op -> statements of its kernels in the step."""
     ops = {out.name: node.op for node in program.graph.nodes for out in node.outs}
     found: dict[str, frozenset[str]] = {}
-    for launch in program.launches:
-        op = ops[launch.nodes[0]]
-        found[op] = found.get(op, frozenset()) | statements(program.kernel(launch.kernel).text)
+    for op, kernel in dict.fromkeys((ops[launch.nodes[0]], launch.kernel) for launch in program.launches):
+        found[op] = found.get(op, frozenset()) | statements(program.kernel(kernel).text)
     return found
 
 
@@ -78,14 +77,15 @@ def statements_tested() -> dict[str, frozenset[str]]:
     return found
 
 
-def missing(program: Program) -> list[str]:
-    """Statements that no test runs; the small kernels have no branches, so each is tested as it is."""
-    return [
+def assert_nothing_missing(program: Program, what: str) -> None:
+    """No statement that no test runs; the small kernels have no branches, so each is tested as it is."""
+    missing = [
         f"{op}: {line}"
         for op, lines in needed(program).items()
         if op in ATTENTION_OPS or op in product_ops()
         for line in sorted(lines - statements_tested().get(op, frozenset()))
     ]
+    assert not missing, "\n".join([what, *missing])
 
 
 # What has no kernels: float32 activations and a superblock of float16 for each warp exceed a block's shared memory.
@@ -96,14 +96,21 @@ TOO_WIDE = {("sm_86", "f16"): ("8b",), ("sm_89", "f16"): ("8b",), ("sm_120", "f1
 @pytest.mark.parametrize("quant", ["q4_k_m", "q5_k_m", "q8_0", "f16"])
 def test_models_need_no_other_kernels(quant, arch):
     for size in synth.SIZES:
+        graph = one_layer_of_each(size, quant)
         if size not in TOO_WIDE.get((arch, quant), ()):
-            program = lower(graph_of(size, quant), TARGETS[arch])
-            assert not missing(program), size + "\n" + "\n".join(missing(program))
+            assert_nothing_missing(lower(graph, TARGETS[arch]), size)
         else:
             with pytest.raises(
                 UnsupportedModelError, match=rf"over \d+ columns needs more shared memory than {arch} has"
             ):
-                lower(graph_of(size, quant), TARGETS[arch])
+                lower(graph, TARGETS[arch])
+
+
+@pytest.mark.parametrize(("size", "quant", "arch"), [("1.7b", "q4_k_m", "sm_90a"), ("8b", "q5_k_m", "host")])
+def test_a_layer_of_each_mix_has_the_kernels_of_the_whole_model(size, quant, arch):
+    whole, short = lower(graph_of(size, quant), TARGETS[arch]), lower(one_layer_of_each(size, quant), TARGETS[arch])
+    assert len(short.launches) < len(whole.launches) / 4
+    assert needed(short) == needed(whole)
 
 
 @pytest.mark.parametrize("arch", list(TARGETS))
@@ -111,7 +118,7 @@ def test_models_with_a_q8_cache_need_no_other_kernels(arch):
     for size in synth.SIZES:
         for disabled in ((), ("fuse_attention",)):
             program = lower(graph_of(size, "q8_0", 1, kv_type="q8", disable=disabled), TARGETS[arch])
-            assert not missing(program), size + "\n" + "\n".join(missing(program))
+            assert_nothing_missing(program, size)
 
 
 @pytest.mark.parametrize("disabled", [(), *[(step.name,) for step in PIPELINE if not step.lowering]])
@@ -119,4 +126,4 @@ def test_models_with_a_q8_cache_need_no_other_kernels(arch):
 def test_the_tiny_model_needs_no_other_kernels(quant, disabled):
     for sm_count in (3, 4, 132):
         program = lower(tiny_graph(quant, disabled), target_for("host", sm_count))
-        assert not missing(program), "\n".join(missing(program))
+        assert_nothing_missing(program, f"tiny for {sm_count} multiprocessors")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+from machine_code import machine_code
 from shipped import graph_of, tiny_graph, unfused
 
 from psigraph.build import fuse
@@ -19,7 +18,6 @@ from psigraph.codegen.weight_types import WEIGHT_TYPES
 from psigraph.ir.program import Program
 from psigraph.ir.text import parse_graph, print_graph
 from psigraph.passes.pipeline import PIPELINE
-from psigraph.runtime.cuda import nvrtc
 from psigraph.runtime.cuda.compiler import compile_program
 from psigraph.runtime.cuda.kernel_cache import KernelCache
 
@@ -27,22 +25,14 @@ FUSIONS = tuple(step.name for step in PIPELINE if not step.lowering)
 INCLUDE = re.compile(r"^\s*#\s*include\b[^\n]*", re.M)
 
 
-def compiled(program: Program, arch: str) -> dict[str, tuple[bytes, nvrtc.KernelResources]]:
-    """Machine code and resources of every kernel, compiled side by side."""
-
-    def one(name: str) -> tuple[bytes, nvrtc.KernelResources]:
-        return nvrtc.compile_kernel(program.kernel(name).text, program.headers, name, arch)
-
-    names = [kernel.name for kernel in program.kernels]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(names, pool.map(one, names), strict=True))
-
-
 def assert_gates(program: Program, arch: str) -> None:
     launches = {launch.kernel: launch for launch in program.launches}
-    for name, (image, resources) in compiled(program, arch).items():
+    compiled = machine_code(program, arch)
+    assert set(compiled) == {kernel.name for kernel in program.kernels}
+    for name, kernel in compiled.items():
+        resources = kernel.resources
         what = f"{name} for {arch}: {resources}"
-        assert image[:4] == b"\x7fELF", what
+        assert kernel.image[:4] == b"\x7fELF", what
         assert resources.spill_bytes == 0, what
         assert resources.stack_bytes == 0, what
         assert 0 < resources.registers <= 255, what

@@ -7,6 +7,7 @@ from itertools import combinations, pairwise, product
 from typing import get_args
 
 import pytest
+from machine_code import machine_code
 from shipped import graph_of
 from test_attention import attention_graph
 
@@ -30,8 +31,6 @@ from psigraph.codegen.target import (
 )
 from psigraph.ir.graph import Node, TensorType, Value
 from psigraph.ir.program import Launch, Program
-from psigraph.runtime.cuda import nvrtc
-from psigraph.runtime.cuda.compiler import CompiledKernel
 from psigraph.runtime.synth import model as synth
 
 PLACES = get_args(Place)
@@ -86,9 +85,7 @@ def test_products_have_the_registers_of_their_places(size):
     program = lower(graph_of(size, "q4_k_m", 1), target)
     products = products_of(program)
     for launch, place in zip(products, PLACES, strict=True):
-        _, resources = nvrtc.compile_kernel(
-            program.kernel(launch.kernel).text, program.headers, launch.kernel, target.arch
-        )
+        resources = machine_code(program, target.arch, launch.kernel)[launch.kernel].resources
         taken = -(-resources.registers // 8) * 8  # registers come by eights
         assert taken == target.place_registers(place), launch.kernel
         assert launch.block >= 32 * LEAST_WARPS
@@ -144,7 +141,7 @@ def test_attention_fits_beside_the_products(size, kv_type):
     target = TARGETS["sm_90a"]
     program = lower(graph_of(size, "q4_k_m", 1, kv_type=kv_type), target)
     (launch,) = (launch for launch in program.launches if launch.kernel == "rope_attention")
-    _, resources = nvrtc.compile_kernel(program.kernel(launch.kernel).text, program.headers, launch.kernel, target.arch)
+    resources = machine_code(program, target.arch, launch.kernel)[launch.kernel].resources
     assert (
         launch.shared_bytes + resources.shared_bytes + RESERVED_BYTES
         <= places_of(size, target, "q4_k_m", kv_type).attention_bytes
@@ -159,11 +156,7 @@ def test_a_shape_whose_block_has_no_registers_is_passed_over_by_tuning():
     fits = {}
     for tile_warps in (1, 4):
         program = lower(graph_of("1.7b", "q4_k_m", 1), target, {name: {"column_warps": 6, "tile_warps": tile_warps}})
-        compiled = {}
-        for kernel in {launch.kernel for launch in program.launches}:
-            image, resources = nvrtc.compile_kernel(program.kernel(kernel).text, program.headers, kernel, target.arch)
-            compiled[kernel] = CompiledKernel(kernel, image, resources, False)
-        fits[tile_warps] = launchable(program, compiled)
+        fits[tile_warps] = launchable(program, machine_code(program, target.arch))
     assert fits == {1: True, 4: False}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from machine_code import machine_code
 
 from psigraph.codegen.device import device_headers
 from psigraph.codegen.lower import lower
@@ -22,7 +23,6 @@ from psigraph.runtime import host
 from psigraph.runtime.cuda.compiler import compile_program
 from psigraph.runtime.cuda.driver import Driver
 from psigraph.runtime.cuda.kernel_cache import KernelCache
-from psigraph.runtime.cuda.nvrtc import compile_kernel
 from psigraph.runtime.engine import Engine
 from psigraph.runtime.host.check import KernelCall, run_build
 from psigraph.text.sampler import SamplerSettings
@@ -263,7 +263,7 @@ def test_the_kernels_keep_every_rule(options):
 def test_no_register_is_spilled(arch):
     program = lower(fuse_choice(sampling_graph(151_936))[0], target_for(arch))
     for name in ("adjust", "draw_choose"):
-        _, resources = compile_kernel(program.kernel(name).text, program.headers, name, arch)
+        resources = machine_code(program, arch, name)[name].resources
         assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
     turns = -(-149 // target_for(arch).sm_count)  # spans a block takes, so that all blocks run at once
     assert [launch.grid for launch in program.launches] == [149, -(-149 // turns)]

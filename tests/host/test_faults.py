@@ -137,14 +137,17 @@ def test_graph_and_eager_give_the_same_and_leave_nothing(whole: dict[bool, Life]
     assert whole[False].calls.count("cuLaunchKernelEx") > whole[True].calls.count("cuLaunchKernelEx")
 
 
-# Without a graph, the calls up to the first step are the same but for the capture; the codes take turns there.
+ALL_CODES = (OUT_OF_MEMORY, LAUNCH_FAILED, UNKNOWN)
+
+
+# The codes take turns over the calls; `make slow` has every code at every call, and the life without a graph, whose
+# calls up to the first step are the same but for the capture.
 @pytest.mark.parametrize(
     ("graph", "codes"),
     [
-        (True, (OUT_OF_MEMORY,)),
-        (True, (LAUNCH_FAILED,)),
-        (True, (UNKNOWN,)),
-        (False, (OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN)),
+        (True, ALL_CODES),
+        *(pytest.param(True, (code,), marks=pytest.mark.slow) for code in ALL_CODES),
+        pytest.param(False, (OUT_OF_MEMORY, ILLEGAL_ADDRESS, UNKNOWN), marks=pytest.mark.slow),
     ],
 )
 def test_any_one_call_fails(graph: bool, codes: tuple[int, ...], live: Live, whole: dict[bool, Life]) -> None:

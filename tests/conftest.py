@@ -1,0 +1,40 @@
+"""No process that runs tests may hold more than MOST_MIB: two of them must leave a small machine room."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+
+MOST_MIB = 1536
+PEAKS = pytest.StashKey[dict[str, int]]()  # process -> MiB at most; with -n also those of the workers
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["peak_mib"] = peak
+        return
+    peaks = session.config.stash.setdefault(PEAKS, {})
+    peaks["this process"] = peak
+    if max(peaks.values()) > MOST_MIB and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """A worker of -n ended, with what it wrote above; one that crashed wrote nothing."""
+    output = getattr(node, "workeroutput", {})
+    config, name = node.config, node.gateway.id  # type: ignore[attr-defined]
+    config.stash.setdefault(PEAKS, {})[name] = output.get("peak_mib", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    peaks = sorted(terminalreporter.config.stash.get(PEAKS, {}).items())
+    told = ", ".join(f"{name} {peak} MiB" for name, peak in peaks)
+    terminalreporter.write_line(f"memory at most: {told}")
+    if any(peak > MOST_MIB for _, peak in peaks):
+        advice = "look for sessions, graphs or programs that are kept"
+        terminalreporter.write_line(f"FAILED: more than {MOST_MIB} MiB in one process; {advice}", red=True)
