@@ -48,9 +48,9 @@ class CacheType:
         return -(-(head_dim * self.value_room + scales) // 16) * 16
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a cache [key/value heads, context, head_dim]."""
-        kv_heads, context, head_dim = shape
-        return kv_heads * -(-context // TILE) * self.tile_bytes(head_dim)
+        """Bytes of a cache [sequences, key/value heads, context, head_dim]."""
+        sequences, kv_heads, context, head_dim = shape
+        return sequences * kv_heads * -(-context // TILE) * self.tile_bytes(head_dim)
 
     @property
     def layout(self) -> str:

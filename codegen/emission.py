@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..ir.graph import Node, Value
-from .target import Place, Target
+from ..ir.graph import Literal, Node, Value
+from ..ir.program import LibraryProduct
+from ..ir.regime import Regime
+from .target import Slot, Target
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,19 @@ class Factor:
     parts: int
     size: int
     eps: float
+
+
+@dataclass(frozen=True)
+class RowView:
+    """Where the rows of a value lie, in elements of a buffer: row t begins at offset + t * stride.
+
+    up: halves are stored times 2^-up, so that large values fit; whoever reads them multiplies it back.
+    """
+
+    buffer: str
+    offset: int
+    stride: int
+    up: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,13 +67,23 @@ class Context(Protocol):
     """What lowering offers to an emitter."""
 
     target: Target
+    regime: Regime
+    rows: int
     ctx: int
+    library: bool
+    shapes: Mapping[str, dict[str, int]]
 
     def read(self, value: Value) -> str:
         """The buffer in which a value lies."""
 
+    def view(self, value: Value) -> RowView:
+        """Where the rows of a value lie."""
+
     def write(self, value: Value) -> str:
         """A buffer for a result."""
+
+    def write_rows(self, *values: Value, up: int = 0) -> RowView:
+        """Memory for results of a node, side by side in one row a token; the view of the first."""
 
     def write_factor(self, value: Value, parts: int, size: int, eps: float) -> str:
         """A buffer of partial sums of squares for a factor."""
@@ -68,21 +94,45 @@ class Context(Protocol):
     def in_place(self, result: Value, state: Value) -> str:
         """The result takes the state's own buffer."""
 
-    def place(self, node: Node) -> Place:
-        """Which place a product of the step takes."""
+    @property
+    def count(self) -> str:
+        """The buffer that says how many of a step's rows there are; those behind them are absent."""
 
-    def place_bytes(self, node: Node) -> int:
-        """Dynamic shared memory of that place (`Target.place_bytes`)."""
+    def slot(self, node: Node) -> Slot:
+        """Which slot a product of the step takes."""
+
+    def slot_bytes(self, node: Node) -> int:
+        """Dynamic shared memory of that slot (`Target.slot_bytes`)."""
 
     @property
     def attention_stages(self) -> int:
-        """Stages of the ring of each warp of attention (`places`)."""
+        """Stages of the ring of each warp of attention (`occupancy`)."""
 
     def attention_after(self, node: Node) -> Node:
-        """The attention of the next layer; of the first one after the last."""
+        """The `rope_attention` of the next layer; of the first one after the last."""
 
     def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
-        """Memory private to this launch."""
+        """Memory private to this node's launches."""
 
     def table(self, name: str, nbytes: int, **attrs: object) -> str:
         """A table that the runtime fills when the model is loaded."""
+
+
+Emitter = Callable[[Node, Context], "KernelSpec | Sequence[KernelSpec | LibraryProduct]"]
+Emitters = Mapping[tuple[str, Regime], Emitter]
+
+
+class ReadNode(Node):
+    """A node that knows which of its attributes an emitter has read: lowering refuses those that none did."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.outs, node.op, node.ins, node.attrs, node.origin)
+        object.__setattr__(self, "read", set())
+
+    def attr(self, key: str, default: Literal | None = None) -> Literal:
+        self.read.add(key)  # type: ignore[attr-defined]
+        return super().attr(key, default)
+
+    def unread(self) -> list[str]:
+        """The attributes that nobody asked for."""
+        return [key for key, _ in self.attrs if key not in self.read]  # type: ignore[attr-defined]

@@ -1,46 +1,67 @@
-"""Graph -> Program: an emitter for every node, a buffer for every value, a launch for each in order."""
+"""Graph -> Program: an emitter for every node, a buffer for every value, a launch for each in order.
+
+One lowering serves every number of rows: which kernels there are for a regime is said by the emitters
+(`emitters.EMITTERS`), and where rows lie by `emission.RowView`.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
+from ..ir.analysis import last_uses
 from ..ir.errors import UnsupportedModelError
 from ..ir.graph import Graph, Node, Value
-from ..ir.program import Buffer, Program
+from ..ir.program import DECODE, Buffer, Kernel, LibraryProduct, Program, Step
+from ..ir.regime import Regime
+from .activation_block import activation_bytes
 from .cache_types import CACHE_TYPES
 from .device import device_headers
-from .digits import digit_bytes
-from .emission import Factor, KernelSpec
-from .emit_attention import ATTENTION_OPS, emit_attention
-from .emit_product import PRODUCTS, emit_product
-from .emit_sampling import SAMPLING_EMITTERS
-from .emit_vector import VECTOR_EMITTERS
-from .places import step_places
+from .emission import Factor, KernelSpec, ReadNode, RowView
+from .emitters import EMITTERS
+from .occupancy import step_slots
 from .probe import probe_kernel
 from .repack import repack_kernel
 from .schedule import scheduled
-from .target import Place, Target
-from .weight_types import WEIGHT_TYPES
+from .target import Slot, Target
+from .weight_types import WEIGHT_TYPES, padded_columns
 
-ALIASES = ("split_heads", "merge_heads")
+VIEWS = ("split_heads", "merge_heads")
 ELEMENT_BYTES = {"f32": 4, "i32": 4, "f16": 2}
+ROW_INPUTS = ("tokens", "positions", "sequences")  # of the decode step states that it moves on itself
+
+PREFILL_ROWS = 512
+"""Rows of a prompt's chunk: enough for the tensor cores, little enough for its activations to stay in the L2 cache."""
 
 
 class _Lowering:
     """The context that emitters see (`emission.Context`), and the tables that grow."""
 
-    def __init__(self, graph: Graph, target: Target, shapes: dict[str, dict[str, int]]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        shapes: Mapping[str, dict[str, int]],
+        regime: Regime,
+        name: str,
+        library: bool,
+        known: tuple[Buffer, ...],
+    ) -> None:
         self.graph, self.target, self.shapes = graph, target, shapes
-        self.buffers: dict[str, Buffer] = {}
-        self.where: dict[str, str] = {}
+        self.regime, self.name, self.library = regime, name, library
+        self.rows = graph.param("positions").type.shape[0]
+        self.buffers = {buffer.name: buffer for buffer in known}
+        self.views: dict[str, RowView] = {}
         self.factors: dict[str, Factor] = {}
         self.free: dict[tuple[object, ...], list[str]] = {}
+        self.holding: dict[str, set[str]] = {}  # buffer -> values in it that somebody will read
         self.state_of = {value.name: state for state, value in graph.results}
         self.states = {param.name for param in graph.params if param.kind == "state"}
-        self.ctx = graph.param("log").type.shape[0]
-        self.last_use = self._last_uses()
+        self.ctx = max((param.type.shape[2] for param in graph.params if len(param.type.shape) == 4), default=1)
+        self.last_use = last_uses(graph, is_view)
         kernels = [node for node in graph.nodes if not is_view(node)]
-        self.places = step_places(kernels, PRODUCTS, ATTENTION_OPS, target)
+        self.slots = step_slots(kernels, target)
         self.attentions = [node for node in kernels if node.op == "rope_attention"]
         for param in graph.params:
             self._place_param(param.kind, param.value)
@@ -48,24 +69,38 @@ class _Lowering:
     # --- what emitters ask for ---
 
     def read(self, value: Value) -> str:
-        return self.where[value.name]
+        return self.views[value.name].buffer
+
+    def view(self, value: Value) -> RowView:
+        return self.views[value.name]
 
     def write(self, value: Value) -> str:
         state = self.state_of.get(value.name)
         if state in self.states:
-            self._settle(value, self.where[state])
-            return self.where[state]
-        quantized = value.type.dtype == "i8x2"
-        layout = "i8x2" if quantized else "plain"
-        size = value.type.size
-        nbytes = digit_bytes(size) if quantized else size * ELEMENT_BYTES[value.type.dtype]
-        name = self._allocate(value.name, value.type.dtype, value.type.shape, layout, nbytes, zeroed=quantized)
-        self._settle(value, name)
-        return name
+            self.views[value.name] = self.views[str(state)]
+            return self.read(value)
+        return self.write_rows(value).buffer
+
+    def write_rows(self, *values: Value, up: int = 0) -> RowView:
+        dtype = values[0].type.dtype
+        widths = [value.type.size // self.rows for value in values]
+        width = sum(widths)
+        layout = {"i8x2": "i8x2", "f16": "halves"}.get(dtype, "plain")
+        stride = padded_columns(width) if layout == "halves" else width
+        nbytes = activation_bytes(width) if layout == "i8x2" else self.rows * stride * ELEMENT_BYTES[dtype]
+        shape = values[0].type.shape if len(values) == 1 else (self.rows, width)
+        name = self._allocate(values[0].name, dtype, shape, layout, nbytes, zeroed=layout != "plain")
+        offset = 0
+        for value, own in zip(values, widths, strict=True):
+            self.views[value.name] = RowView(name, offset, stride, up)
+            offset += own
+        self.holding[name] = {value.name for value in values if value.name in self.last_use}
+        return self.views[values[0].name]
 
     def write_factor(self, value: Value, parts: int, size: int, eps: float) -> str:
         name = self._allocate(value.name, "f32", (parts,), "square_sums", parts * 4, zeroed=False)
-        self._settle(value, name)
+        self.views[value.name] = RowView(name, 0, parts)
+        self.holding[name] = {value.name}
         self.factors[value.name] = Factor(name, parts, size, eps)
         return name
 
@@ -73,25 +108,30 @@ class _Lowering:
         return self.factors[value.name]
 
     def in_place(self, result: Value, state: Value) -> str:
-        self._settle(result, self.where[state.name])
-        return self.where[state.name]
+        self.views[result.name] = self.views[state.name]
+        return self.read(result)
 
-    def place(self, node: Node) -> Place:
-        return self.places.of[node.outs[0].name]
+    @property
+    def count(self) -> str:
+        full = f"{self.name}.count"
+        return self.buffers.setdefault(full, Buffer(full, "input", "i32", (1,), "plain", 4, True)).name
 
-    def place_bytes(self, node: Node) -> int:
-        return self.target.place_bytes(self.place(node), self.places.attention_bytes)
+    def slot(self, node: Node) -> Slot:
+        return self.slots.of[node.outs[0].name]
+
+    def slot_bytes(self, node: Node) -> int:
+        return self.target.slot_bytes(self.slot(node), self.slots.attention_bytes)
 
     @property
     def attention_stages(self) -> int:
-        return self.places.attention_stages
+        return self.slots.attention_stages
 
     def attention_after(self, node: Node) -> Node:
-        index = self.attentions.index(node)
+        index = next(i for i, other in enumerate(self.attentions) if other.outs == node.outs)
         return self.attentions[(index + 1) % len(self.attentions)]
 
     def scratch(self, name: str, nbytes: int, zeroed: bool = False) -> str:
-        full = f"scratch.{name}"
+        full = f"{'' if self.name == DECODE else self.name + '.'}scratch.{name}"
         known = self.buffers.get(full)
         if known is None or known.nbytes < nbytes:
             self.buffers[full] = Buffer(full, "scratch", "u8", (nbytes,), "plain", nbytes, zeroed)
@@ -109,47 +149,39 @@ class _Lowering:
     # --- planning ---
 
     def _place_param(self, kind: str, value: Value) -> None:
-        self.buffers[value.name] = param_buffer(kind, value)
-        self.where[value.name] = value.name
-
-    def _last_uses(self) -> dict[str, int]:
-        """Value -> index of the last node that reads it; views count for what they show."""
-        root: dict[str, str] = {}
-        last: dict[str, int] = {}
-        for index, node in enumerate(self.graph.nodes):
-            for value in node.ins:
-                last[root.get(value.name, value.name)] = index
-            if is_view(node):
-                root[node.out.name] = root.get(node.ins[0].name, node.ins[0].name)
-        for _, value in self.graph.results:
-            last[root.get(value.name, value.name)] = len(self.graph.nodes)
-        return last
+        buffer = param_buffer(kind, value)
+        if value.name in ROW_INPUTS and self.name != DECODE:
+            buffer = replace(buffer, name=f"{self.name}.{value.name}", kind="input", source="")
+        if self.buffers.setdefault(buffer.name, buffer) != buffer:
+            raise UnsupportedModelError(f"the steps of {self.graph.name} keep {buffer.name} differently")
+        self.views[value.name] = RowView(buffer.name, 0, math.prod(buffer.shape[1:]))
 
     def _allocate(self, name: str, dtype: str, shape: tuple[int, ...], layout: str, nbytes: int, zeroed: bool) -> str:
         """A free buffer of the same kind and shape (so that padding stays zero), or a new one."""
-        key = (dtype, shape, layout)
-        spare = self.free.get(key)
+        spare = self.free.get((dtype, shape, layout))
         if spare:
             return spare.pop()
-        buffer = Buffer(f"value.{len(self.buffers)}", "scratch", dtype, shape, layout, nbytes, zeroed, name)
+        prefix = "value" if self.name == DECODE else self.name
+        buffer = Buffer(f"{prefix}.{len(self.buffers)}", "scratch", dtype, shape, layout, nbytes, zeroed, name)
         self.buffers[buffer.name] = buffer
         return buffer.name
 
-    def _settle(self, value: Value, buffer: str) -> None:
-        self.where[value.name] = buffer
+    def show(self, node: Node) -> None:
+        """A node that only renames memory."""
+        self.views[node.out.name] = self.views[node.ins[0].name]
 
     def release(self, index: int) -> None:
-        """After node `index`: buffers whose value nobody reads any more become free."""
-        for name, last in list(self.last_use.items()):
-            if last == index:
-                buffer = self.buffers[self.where[name]]
-                if buffer.name.startswith("value."):
-                    self.free.setdefault((buffer.dtype, buffer.shape, buffer.layout), []).append(buffer.name)
-                del self.last_use[name]
+        """After node `index`: buffers of which nobody reads anything any more become free."""
+        for name, values in list(self.holding.items()):
+            values -= {value for value in values if self.last_use.get(value, -1) <= index}
+            if not values:
+                buffer = self.buffers[name]
+                self.free.setdefault((buffer.dtype, buffer.shape, buffer.layout), []).append(name)
+                del self.holding[name]
 
 
 def param_buffer(kind: str, value: Value) -> Buffer:
-    """Where a parameter lies, in every Program of a model; UnsupportedModelError for a vector that is not f32."""
+    """Where a parameter lies; UnsupportedModelError for a vector that is not f32."""
     dtype, shape = value.type.dtype, value.type.shape
     attrs: tuple[tuple[str, object], ...] = ()
     if kind == "weight" and len(shape) == 2:
@@ -158,7 +190,9 @@ def param_buffer(kind: str, value: Value) -> Buffer:
         attrs = (("repack", f"repack_{dtype}"), ("file_bytes", row.file_bytes(*shape)))
     elif kind == "weight" and dtype != "f32":
         raise UnsupportedModelError(f"{value.name}: a vector of type {dtype}; kernels support f32 vectors")
-    elif len(shape) == 3 and dtype in CACHE_TYPES:
+    elif len(shape) == 4 and dtype in CACHE_TYPES:
+        if shape[0] != 1:
+            raise UnsupportedModelError(f"{value.name}: caches of {shape[0]} sequences; kernels know one")
         layout, nbytes = CACHE_TYPES[dtype].layout, CACHE_TYPES[dtype].nbytes(shape)
     else:
         layout, nbytes = "plain", value.type.size * ELEMENT_BYTES[dtype]
@@ -167,55 +201,68 @@ def param_buffer(kind: str, value: Value) -> Buffer:
 
 def is_view(node: Node) -> bool:
     """True for ops that only rename memory."""
-    return node.op in ALIASES and node.out.type.dtype == "f32"
+    return node.op in VIEWS and node.out.type.dtype == node.ins[0].type.dtype
 
 
-def lower(graph: Graph, target: Target, shapes: dict[str, dict[str, int]] | None = None) -> Program:
+def lower(
+    graph: Graph,
+    target: Target,
+    shapes: Mapping[str, dict[str, int]] | None = None,
+    *,
+    regime: Regime = Regime.STEP,
+    name: str = DECODE,
+    library: bool = False,
+    beside: Program | None = None,
+) -> Program:
     """The Program of a graph on a target.
 
-    shapes: launch shapes that tuning found, by product class (`product_class`); the
-    built-in rule serves what is not among them. UnsupportedModelError names what no
-    kernel supports.
+    shapes: launch shapes that tuning found, by `emit.product.product_class`; the built-in rule serves what is not among
+    them. regime: for how many rows; name: of the step. library: products of many rows are `LibraryProduct`s.
+    beside: a Program whose weights, caches, states and tables the step shares; the result has its steps too.
+    UnsupportedModelError names what no kernel supports.
     """
-    lowering = _Lowering(graph, target, shapes or {})
-    emitted: list[tuple[Node, KernelSpec]] = []
+    lowering = _Lowering(graph, target, shapes or {}, regime, name, library, beside.buffers if beside else ())
+    pieces: list[tuple[Node, KernelSpec | LibraryProduct]] = []
     for index, node in enumerate(graph.nodes):
         if is_view(node):
-            lowering.where[node.out.name] = lowering.where[node.ins[0].name]
+            lowering.show(node)
         else:
-            emitted.append((node, _emit(node, lowering)))
+            pieces += [(node, piece) for piece in _emit(node, lowering)]
         lowering.release(index)
-    kernels, launches = scheduled(emitted, target.programmatic)
+    prefix = "" if name == DECODE else f"{name}_"
+    kernels, launches = scheduled(pieces, prefix, target.programmatic and regime is Regime.STEP)
     repacks = sorted({str(dict(b.attrs)["repack"]) for b in lowering.buffers.values() if b.layout == "tiles"})
-    kernels += (probe_kernel(),)
-    kernels += tuple(repack_kernel(name.removeprefix("repack_")) for name in repacks)
+    kernels += (probe_kernel(), *(repack_kernel(repack.removeprefix("repack_")) for repack in repacks))
+    results = tuple((state, lowering.read(value)) for state, value in graph.results)
+    step = Step(name, graph, regime, lowering.rows, launches, results)
     return Program(
         name=graph.name,
-        graph=graph,
         headers=device_headers(),
-        kernels=kernels,
-        launches=launches,
+        kernels=_together(beside.kernels if beside else (), kernels),
+        steps=(*(beside.steps if beside else ()), step),
         buffers=tuple(lowering.buffers.values()),
         sm_count=target.sm_count,
         programmatic=target.programmatic,
-        results=tuple((state, lowering.where[value.name]) for state, value in graph.results),
         notes={"arch": target.arch, "context": lowering.ctx},
     )
 
 
-def product_class(node: Node) -> str:
-    """The key of tuned launch shapes: op, weight types and matrix shapes."""
-    weights = [value for value in node.ins if len(value.type.shape) == 2]
-    return node.op + "".join(f" {weight.type}" for weight in weights)
+def _together(old: tuple[Kernel, ...], new: tuple[Kernel, ...]) -> tuple[Kernel, ...]:
+    """All of them once; a kernel of both has one text."""
+    known = {kernel.name: kernel for kernel in old}
+    for kernel in new:
+        assert known.setdefault(kernel.name, kernel) == kernel, kernel.name
+    return tuple(known.values())
 
 
-def _emit(node: Node, lowering: _Lowering) -> KernelSpec:
-    if node.op in PRODUCTS:
-        return emit_product(node, lowering, lowering.shapes.get(product_class(node)))
-    if node.op in ATTENTION_OPS:
-        return emit_attention(node, lowering)
-    if node.op in SAMPLING_EMITTERS:
-        return SAMPLING_EMITTERS[node.op](node, lowering)
-    if node.op in VECTOR_EMITTERS:
-        return VECTOR_EMITTERS[node.op](node, lowering)
-    raise UnsupportedModelError(f"op {node.op} has no kernel")
+def _emit(node: Node, lowering: _Lowering) -> list[KernelSpec | LibraryProduct]:
+    emitter = EMITTERS.get((node.op, lowering.regime))
+    if emitter is None:
+        raise UnsupportedModelError(f"op {node.op} has no kernel for {lowering.regime}")
+    asked = ReadNode(node)
+    emitted = emitter(asked, lowering)
+    if unread := asked.unread():
+        raise UnsupportedModelError(
+            f"op {node.op}: its kernel for {lowering.regime} does not know the attribute {unread[0]}"
+        )
+    return [emitted] if isinstance(emitted, KernelSpec) else list(emitted)

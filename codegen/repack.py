@@ -10,7 +10,7 @@ REPACK_THREADS = 128
 
 
 def repack_kernel(dtype: str) -> Kernel:
-    """repack_<dtype>(file, tiles, rows, columns): see `device/repack.cuh` and `packing`."""
+    """repack_<dtype>(file, tiles, rows, columns): see `device/repack.cuh`; in numpy, tests/support/packing.py."""
     row = WEIGHT_TYPES[dtype]
     name = f"repack_{dtype}"
     text = kernel_text(

@@ -6,52 +6,59 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..ir.graph import Node, layer_of
-from ..ir.program import LIBRARY_PRODUCT, Kernel, Launch
+from ..ir.program import Kernel, Launch, LibraryProduct
 from ..ir.text import print_node
 from .emission import KernelSpec
 from .writer import kernel_text
 
+Pieces = Sequence[tuple[Node, KernelSpec | LibraryProduct]]
+
 
 def scheduled(
-    emitted: Sequence[tuple[Node, KernelSpec]], programmatic: bool = False
-) -> tuple[tuple[Kernel, ...], tuple[Launch, ...]]:
-    """Kernels, and a launch a piece. programmatic: every launch but the first lets its successor start early."""
-    kernels, names = _name_kernels(emitted)
-    launches = tuple(
-        Launch(
-            kernel=name,
-            nodes=tuple(out.name for out in node.outs),
-            args=item.args,
-            grid=item.grid,
-            block=item.threads,
-            shared_bytes=item.shared_bytes,
-            programmatic=programmatic and position > 0,
-            cluster=item.cluster,
-            bytes_read=item.bytes_read,
-            bytes_written=item.bytes_written,
-            cache_bytes_per_position=item.cache_bytes_per_position,
-            layer=layer_of(node),
+    pieces: Pieces, prefix: str, programmatic: bool
+) -> tuple[tuple[Kernel, ...], tuple[Launch | LibraryProduct, ...]]:
+    """Kernels, whose names begin with the prefix, and a launch a piece. programmatic: every launch but the first lets
+    its successor start early."""
+    kernels, names = _name_kernels(pieces, prefix)
+    launches: list[Launch | LibraryProduct] = []
+    for (node, piece), name in zip(pieces, names, strict=True):
+        if isinstance(piece, LibraryProduct):
+            launches.append(replace(piece, nodes=tuple(out.name for out in node.outs), layer=layer_of(node)))
+            continue
+        launches.append(
+            Launch(
+                kernel=name,
+                nodes=tuple(out.name for out in node.outs),
+                args=piece.args,
+                grid=piece.grid,
+                block=piece.threads,
+                shared_bytes=piece.shared_bytes,
+                programmatic=programmatic and bool(launches),
+                cluster=piece.cluster,
+                bytes_read=piece.bytes_read,
+                bytes_written=piece.bytes_written,
+                cache_bytes_per_position=piece.cache_bytes_per_position,
+                layer=layer_of(node),
+            )
         )
-        for position, ((node, item), name) in enumerate(zip(emitted, names, strict=True))
-    )
-    return kernels, launches
+    return kernels, tuple(launches)
 
 
-def _name_kernels(emitted: Sequence[tuple[Node, KernelSpec]]) -> tuple[tuple[Kernel, ...], list[str]]:
+def _name_kernels(pieces: Pieces, prefix: str) -> tuple[tuple[Kernel, ...], list[str]]:
     """Equal texts become one kernel; its comment shows the first node and counts the others."""
     groups: dict[tuple[object, ...], list[int]] = {}
-    for position, (_, spec) in enumerate(emitted):
-        if spec.stem != LIBRARY_PRODUCT:
-            groups.setdefault((spec.stem, spec.parameters, spec.body, spec.threads, spec.registers), []).append(
-                position
-            )
+    for position, (_, spec) in enumerate(pieces):
+        if isinstance(spec, KernelSpec):
+            key = (spec.stem, spec.parameters, spec.body, spec.threads, spec.registers)
+            groups.setdefault(key, []).append(position)
     stems: dict[str, int] = {}
-    names = [LIBRARY_PRODUCT] * len(emitted)
+    names = [""] * len(pieces)
     kernels = []
     for positions in groups.values():
-        node, spec = emitted[positions[0]]
+        node, spec = pieces[positions[0]]
+        assert isinstance(spec, KernelSpec)
         stems[spec.stem] = stems.get(spec.stem, 0) + 1
-        name = spec.stem if stems[spec.stem] == 1 else f"{spec.stem}_{stems[spec.stem]}"
+        name = prefix + (spec.stem if stems[spec.stem] == 1 else f"{spec.stem}_{stems[spec.stem]}")
         for position in positions:
             names[position] = name
         text = kernel_text(

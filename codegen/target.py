@@ -7,17 +7,17 @@ from typing import Literal
 
 from ..ir.errors import UsageError
 
-Place = Literal["before attention", "after attention", "wide", "deep", "last"]  # of a product in the step
+Slot = Literal["before attention", "after attention", "wide", "deep", "last"]  # of a product in the step
 
 RESERVED_BYTES = 1024  # of shared memory that the driver takes for each resident block
 STATIC_BYTES = 128  # of static shared memory that a product has
-WIDE_BYTES = 116864  # in all of a product in the place `wide`: gate and up's ring of six stages
-DEEP_BYTES = 82560  # in all of a product in the place `deep`: three superblocks of eight warps in Q6_K
-LEAST_WARPS = 10  # of a product's block where products have places
+WIDE_BYTES = 116864  # in all of a product in the slot `wide`: gate and up's ring of six stages
+DEEP_BYTES = 82560  # in all of a product in the slot `deep`: three superblocks of eight warps in Q6_K
+LEAST_WARPS = 10  # of a product's block where products have slots
 SCHEDULER_WARPS = 3  # of a product's block that one of a multiprocessor's four schedulers may have
 WARP_REGISTERS = 512  # of 32 threads each, that a scheduler has
 REGISTERS = 4 * 32 * WARP_REGISTERS  # of a multiprocessor, and the most that a block may have
-REGISTERS_OF_PLACE: dict[Place, int] = {  # a thread of a product; attention may have what is left
+REGISTERS_OF_SLOT: dict[Slot, int] = {  # a thread of a product; attention may have what is left
     "before attention": 72,
     "after attention": 64,
     "wide": 72,
@@ -36,7 +36,7 @@ class Target:
                     Guide, table of technical specifications).
     programmatic    has programmatic launch (griddepcontrol) and bulk copies.
     cluster         blocks that can reach each other's shared memory; 1 where there are no clusters.
-    places          the step's kernels have places of fixed sizes on each multiprocessor, see `place_bytes`.
+    slots          the step's kernels have slots of fixed sizes on each multiprocessor, see `slot_bytes`.
     """
 
     arch: str
@@ -44,24 +44,24 @@ class Target:
     shared_bytes: int
     programmatic: bool
     cluster: int = 1
-    places: bool = False
+    slots: bool = False
 
     def with_sm_count(self, sm_count: int) -> Target:
         return replace(self, sm_count=sm_count)
 
     def plain(self) -> Target:
-        """The same GPU class without what came with compute capability 9.0: programmatic launch, clusters, places."""
-        return replace(self, programmatic=False, cluster=1, places=False)
+        """The same GPU class without what came with compute capability 9.0: programmatic launch, clusters, slots."""
+        return replace(self, programmatic=False, cluster=1, slots=False)
 
-    def place_registers(self, place: Place) -> int:
+    def slot_registers(self, slot: Slot) -> int:
         """The registers of a thread of a product, or 0 where nobody counts them.
 
         Two products and attention share a multiprocessor. Its registers belong to its four schedulers, and a block's
         warps are dealt out to them evenly: two or three of each product (`LEAST_WARPS`) and one of attention to each.
         However they are dealt, a third product, or a second block of one, does not fit: every product has as many as
-        its place says (`hold_registers`).
+        its slot says (`hold_registers`).
         """
-        return REGISTERS_OF_PLACE[place] if self.places else 0
+        return REGISTERS_OF_SLOT[slot] if self.slots else 0
 
     @property
     def attention_registers(self) -> int:
@@ -70,23 +70,23 @@ class Target:
         It is what the product after it leaves with the one before it, or with the wide one, if each gives a scheduler
         three warps. Beside the deep one and the one before it there is room only where their warps are dealt well.
         """
-        if not self.places:
+        if not self.slots:
             return 0
-        before, after = REGISTERS_OF_PLACE["before attention"], REGISTERS_OF_PLACE["after attention"]
-        return WARP_REGISTERS - SCHEDULER_WARPS * (after + max(before, REGISTERS_OF_PLACE["wide"]))
+        before, after = REGISTERS_OF_SLOT["before attention"], REGISTERS_OF_SLOT["after attention"]
+        return WARP_REGISTERS - SCHEDULER_WARPS * (after + max(before, REGISTERS_OF_SLOT["wide"]))
 
     @property
     def most_warps(self) -> int:
         """Warps that may multiply in the block of a product; two helpers come with them."""
-        return 4 * SCHEDULER_WARPS - 2 if self.places else 16
+        return 4 * SCHEDULER_WARPS - 2 if self.slots else 16
 
-    def place_bytes(self, place: Place, attention_bytes: int) -> int:
-        """Dynamic shared memory that the block of a product takes, used or not; 0: no places.
+    def slot_bytes(self, slot: Slot, attention_bytes: int) -> int:
+        """Dynamic shared memory that the block of a product takes, used or not; 0: no slots.
 
         While one product works, the next one is resident and fetches its weights. The hardware puts blocks where there
         is room, and with sizes of their own, kernels were seen to crowd on 43 to 90 of 132 multiprocessors, two and
-        three blocks of one kernel on each (docs/performance.md, version 4). So every product has one block a
-        multiprocessor, whose registers have no room for a second one (`place_registers`), and sizes are such that
+        three blocks of one kernel on each (docs/performance-log.md, version 4). So every product has one block a
+        multiprocessor, whose registers have no room for a second one (`slot_registers`), and sizes are such that
         those stand beside each other that have to:
 
             before attention    beside `deep` and attention
@@ -95,19 +95,19 @@ class Target:
             deep                beside `wide`
             last                beside `deep`
 
-        attention_bytes: what attention's block takes in all (`places.step_places`).
+        attention_bytes: what attention's block takes in all (`occupancy.step_slots`).
         """
-        if not self.places:
+        if not self.slots:
             return 0
         total = self.shared_bytes + RESERVED_BYTES
-        sizes: dict[Place, int] = {
+        sizes: dict[Slot, int] = {
             "before attention": total - attention_bytes - DEEP_BYTES,
             "after attention": total - attention_bytes - WIDE_BYTES,
             "wide": WIDE_BYTES,
             "deep": DEEP_BYTES,
             "last": total - DEEP_BYTES,
         }
-        return (sizes[place] - RESERVED_BYTES - STATIC_BYTES) // 128 * 128
+        return (sizes[slot] - RESERVED_BYTES - STATIC_BYTES) // 128 * 128
 
 
 TARGETS: dict[str, Target] = {
@@ -142,7 +142,7 @@ def stand_in_target(capability: tuple[int, int], sm_count: int) -> Target:
         shared_bytes=like.shared_bytes,
         programmatic=like.programmatic,
         cluster=min(host.cluster, like.cluster),
-        places=like.places,
+        slots=like.slots,
     )
 
 

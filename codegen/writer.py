@@ -1,45 +1,8 @@
-"""Text with indentation, so that emitted kernels read as if written by hand."""
+"""A kernel's text around its statements."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
-
-class Writer:
-    """Lines of C with braces that indent."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-        self._depth = 0
-
-    def line(self, text: str = "") -> None:
-        self._lines.append("    " * self._depth + text if text else "")
-
-    def lines(self, text: str) -> None:
-        """Several lines, their own relative indentation kept."""
-        rows = text.strip("\n").split("\n")
-        margin = min((len(row) - len(row.lstrip()) for row in rows if row.strip()), default=0)
-        for row in rows:
-            self.line(row[margin:].rstrip())
-
-    @contextmanager
-    def block(self, head: str, tail: str = "}") -> Iterator[None]:
-        self.line(f"{head} {{".lstrip())
-        self._depth += 1
-        yield
-        self._depth -= 1
-        self.line(tail)
-
-    @contextmanager
-    def indented(self) -> Iterator[None]:
-        """Lines one level deeper, without braces."""
-        self._depth += 1
-        yield
-        self._depth -= 1
-
-    def text(self) -> str:
-        return "\n".join(self._lines) + "\n"
+from collections.abc import Sequence
 
 
 def kernel_text(

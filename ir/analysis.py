@@ -1,60 +1,43 @@
-"""A graph as a networkx view: who depends on what, and how long the chain of kernels is."""
+"""What the order of a graph's nodes says: who depends on what, how long values live, what nobody needs."""
 
 from __future__ import annotations
 
-import networkx as nx
+from collections.abc import Callable, Collection, Sequence
 
 from .graph import Graph, Node
 
 
-def view(graph: Graph) -> nx.DiGraph:
-    """Values as vertices (by name), an edge from every operand to every result of its node.
+def dependents(nodes: Sequence[Node], values: Collection[str]) -> set[int]:
+    """Indices of the nodes, which stand in order, that read any of the values or what is made of them."""
+    changed, found = set(values), set()
+    for index, node in enumerate(nodes):
+        if any(value.name in changed for value in node.ins):
+            found.add(index)
+            changed |= {out.name for out in node.outs}
+    return found
 
-    A vertex carries its `type`, and its `node`, or None for a parameter. The view is a copy:
-    changing it changes no graph.
+
+def last_uses(graph: Graph, is_view: Callable[[Node], bool]) -> dict[str, int]:
+    """Name of a value -> index of the last node that reads it or what a view shows of it; the number of nodes for what
+    is among the results. Values that nobody reads, and views, have no entry.
+
+    is_view: whether a node only renames memory.
     """
-    seen = nx.DiGraph()
-    for param in graph.params:
-        seen.add_node(param.name, type=param.type, node=None)
-    for node in graph.nodes:
-        for out in node.outs:
-            seen.add_node(out.name, type=out.type, node=node)
-            seen.add_edges_from((value.name, out.name) for value in node.ins)
-    return seen
+    seen_of: dict[str, str] = {}  # a view -> the value that it shows
+    last: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        if is_view(node):
+            seen_of[node.out.name] = seen_of.get(node.ins[0].name, node.ins[0].name)
+        last |= {seen_of.get(value.name, value.name): index for value in node.ins}
+    return last | {seen_of.get(value.name, value.name): len(graph.nodes) for _, value in graph.results}
 
 
-def needed_for(graph: Graph, name: str) -> set[str]:
-    """Names of all values that the value is computed from; KeyError if there is no such value."""
-    return _reached(graph, name, nx.ancestors)
-
-
-def affected_by(graph: Graph, name: str) -> set[str]:
-    """Names of all values that would change with this one; KeyError if there is no such value."""
-    return _reached(graph, name, nx.descendants)
-
-
-def _reached(graph: Graph, name: str, walk: nx.DiGraph) -> set[str]:
-    seen = view(graph)
-    if name not in seen:
-        raise KeyError(f"graph {graph.name} has no value %{name}")
-    return set(walk(seen, name))
-
-
-def unused(graph: Graph) -> tuple[Node, ...]:
-    """Nodes without any effect on the results."""
-    seen = view(graph)
-    needed = {value.name for _, value in graph.results}
-    for name in tuple(needed):
-        needed |= nx.ancestors(seen, name)
-    return tuple(node for node in graph.nodes if not any(out.name in needed for out in node.outs))
-
-
-def longest_chain(graph: Graph) -> tuple[Node, ...]:
-    """The nodes of a longest path: at least so many kernels run one behind the other."""
-    chain: list[Node] = []
-    seen = view(graph)
-    for name in nx.dag_longest_path(seen, weight=None):
-        node = seen.nodes[name]["node"]
-        if node is not None:
-            chain.append(node)
-    return tuple(chain)
+def needed(graph: Graph) -> tuple[Node, ...]:
+    """The nodes on which a result depends, in order."""
+    wanted = {value.name for _, value in graph.results}
+    found: list[Node] = []
+    for node in reversed(graph.nodes):
+        if any(out.name in wanted for out in node.outs):
+            found.append(node)
+            wanted |= {value.name for value in node.ins}
+    return tuple(reversed(found))

@@ -103,12 +103,14 @@ class Node:
     def attributes(self) -> dict[str, Literal]:
         return dict(self.attrs)
 
-    def attr(self, key: str) -> Literal:
-        """The attribute's value; KeyError names the op if it is missing."""
+    def attr(self, key: str, default: Literal | None = None) -> Literal:
+        """The attribute's value; without a default KeyError names the op if it is missing."""
         for name, value in self.attrs:
             if name == key:
                 return value
-        raise KeyError(f"{self.op} has no attribute {key}")
+        if default is None:
+            raise KeyError(f"{self.op} has no attribute {key}")
+        return default
 
     @property
     def out(self) -> Value:

@@ -1,4 +1,4 @@
-"""Runs a graph, fused or not, in numpy: the meaning that every kernel is held against."""
+"""Runs a graph, fused or not, in numpy: the reference that every kernel is held against."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import UsageError
 from .graph import Graph, Node, TensorType
-from .op import Machine
+from .op import EvalContext
 from .ops import OPS
 from .types import CACHE_DTYPES, round_i8x2, round_q8
 
@@ -24,8 +24,8 @@ class Interpreter:
     dtype                float64 or float32: what activations are computed in.
     cache_dtype          element type of the caches' arrays: `f16`, as on the device (a q8 cache holds halves too, those
                          that its integers and scales stand for), or `f32`: caches are not rounded, whatever their type.
-    exact_activations    treat i8x2 vectors, and a sequence's halves, as if they were not rounded: a fused graph then
-                         equals the unfused one up to the order of float operations.
+    exact_activations    treat i8x2 vectors and halves as if they were not rounded: a fused graph then equals the
+                         unfused one up to the order of float operations.
     in_place_cache       write cache rows into the given arrays instead of copies, so that
                          a step costs no copy of the cache. The given arrays change.
     """
@@ -39,7 +39,7 @@ class Interpreter:
     ) -> None:
         if cache_dtype not in ARRAYS_OF_CACHES:
             raise UsageError(f"cache_dtype is {cache_dtype!r}, known are {', '.join(ARRAYS_OF_CACHES)}")
-        self.machine = Machine(dtype, in_place_cache)
+        self.context = EvalContext(dtype, in_place_cache)
         self.cache_dtype = ARRAYS_OF_CACHES[cache_dtype]
         self.exact_activations = exact_activations
 
@@ -47,7 +47,7 @@ class Interpreter:
         """The numpy type that states and constants of this IR type have."""
         if type_.dtype == "i32":
             return np.int32
-        return self.cache_dtype if type_.dtype in CACHE_DTYPES else self.machine.dtype
+        return self.cache_dtype if type_.dtype in CACHE_DTYPES else self.context.dtype
 
     def initial_state(self, graph: Graph) -> dict[str, np.ndarray]:
         """Zeros for every state, and constants that hold -1 (no end token)."""
@@ -79,7 +79,7 @@ class Interpreter:
         """Runs one node: adds its results to `known`."""
         ins = [known[value.name] for value in node.ins]
         op = OPS[node.op]
-        outs = op.compute(self._machine_of(node), ins, node.attributes)
+        outs = op.reference(self._context_of(node), ins, node.attributes)
         names = op.result_names(len(ins), node.attributes)
         for name, value, array in zip(names, node.outs, outs, strict=True):
             if value.type.dtype == "i8x2" and not self.exact_activations:
@@ -88,12 +88,12 @@ class Interpreter:
                 array = array.astype(np.float16).astype(array.dtype)
             known[value.name] = array
 
-    def _machine_of(self, node: Node) -> Machine:
-        """The machine, with the rounding of the caches that the node appends to."""
+    def _context_of(self, node: Node) -> EvalContext:
+        """The context, with the rounding of the caches that the node appends to."""
         if self.cache_dtype is not np.float16:
-            return self.machine
+            return self.context
         rounding = next((ROUND_ROW[out.type.dtype] for out in node.outs if out.type.dtype in ROUND_ROW), None)
-        return self.machine if rounding is None else replace(self.machine, round_row=rounding)
+        return self.context if rounding is None else replace(self.context, round_row=rounding)
 
     def results(self, graph: Graph, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The states' next values and the extra outputs, by result name."""
@@ -116,6 +116,6 @@ class Interpreter:
     def _state(self, name: str, array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
         if array.dtype == dtype:
             return array
-        if self.machine.in_place_cache and dtype is self.cache_dtype:
+        if self.context.in_place_cache and dtype is self.cache_dtype:
             raise UsageError(f"%{name} is {array.dtype}, but a cache that changes in place must be {np.dtype(dtype)}")
         return array.astype(dtype)

@@ -1,7 +1,15 @@
-"""What a row of the op table is, and the words that type rules are written in."""
+"""What a row of the op table is, and the words that type rules and references are written in.
+
+Every value that belongs to a token has a row for each of the step's T tokens: x of `matvec` is [T, n], heads are [T,
+heads, head_dim]. Two of them say which token a row is: `positions` i32[T], and `sequences` i32[T], the sequence whose
+cache and log it belongs to. A row whose position is negative is absent: it changes no state, and whatever else it makes
+is nobody's.
+A decode step has T = 1, a chunk of a prompt many rows of one sequence, a batch one row each of many.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from .graph import Literal, TensorType
-from .types import ACTIVATION_DTYPES, WEIGHT_DTYPES
+from .types import WEIGHT_DTYPES
 
-F32_ONE = TensorType("f32", (1,))
-I32_ONE = TensorType("i32", (1,))
+ACTIVATIONS = ("f32", "f16")  # what an op reads; halves are how a value may lie in memory
+FACTORS_OF_PRODUCTS = ("f32", "f16", "i8x2")  # what a product multiplies with its weights
 
 MOST_INFERRED = 4096  # nodes of different types that an op remembers
 
@@ -26,11 +34,15 @@ class TypeMismatch(Exception):
 
 
 class Types:
-    """The operand types of one node, with checks that raise TypeMismatch naming the operand."""
+    """The operand types of one node, with checks that raise TypeMismatch naming the operand.
+
+    length: T, the number of rows, once an operand has told it.
+    """
 
     def __init__(self, names: Sequence[str], types: Sequence[TensorType]) -> None:
         self.names = list(names)
         self.types = list(types)
+        self.length: int | None = None
 
     def __getitem__(self, name: str) -> TensorType:
         return self.types[self.names.index(name)]
@@ -50,33 +62,49 @@ class Types:
             raise self.fail(name, f"{'|'.join(allowed)}[{wanted}]")
         return actual.shape
 
-    def vector(self, name: str, length: int | None = None, dtypes: str | Sequence[str] = "f32") -> int:
-        """A one-dimensional value; returns its length."""
-        return self.expect(name, dtypes, (length,))[0]
+    def rows(self, name: str, *extents: int | None, dtypes: str | Sequence[str] = ACTIVATIONS) -> tuple[int, ...]:
+        """A value of T rows of these extents; returns the extents."""
+        shape = self.expect(name, dtypes, (self.length, *extents))
+        self.length = shape[0]
+        return shape[1:]
 
-    def activation(self, name: str, length: int | None = None) -> int:
-        """A vector that a product reads: f32, or i8x2 after lowering."""
-        return self.vector(name, length, ACTIVATION_DTYPES)
+    def integers(self, *names: str) -> None:
+        """Values of one integer a row: tokens, positions, sequences."""
+        for name in names:
+            self.rows(name, dtypes="i32")
+
+    def factor(self, name: str, length: int | None = None) -> int:
+        """T vectors that a product multiplies with its weights; returns their length."""
+        return self.rows(name, length, dtypes=FACTORS_OF_PRODUCTS)[0]
+
+    def vector(self, name: str, length: int | None = None, dtypes: str | Sequence[str] = "f32") -> int:
+        """One vector that all rows share; returns its length."""
+        return self.expect(name, dtypes, (length,))[0]
 
     def weight(self, name: str, columns: int | None = None) -> tuple[int, int]:
         """A weight matrix; returns (rows, columns)."""
         rows, cols = self.expect(name, WEIGHT_DTYPES, (None, columns))
         return rows, cols
 
-    def scalar(self, name: str, dtype: str = "i32") -> None:
-        self.expect(name, dtype, (1,))
+    def made(self, *extents: int, dtype: str = "f32") -> TensorType:
+        """The type of a result of T rows of these extents."""
+        assert self.length is not None, "an operand has told T by now"
+        return TensorType(dtype, (self.length, *extents))
 
 
 Attributes = Mapping[str, Any]
-TypeRule = Callable[[Types, Attributes], tuple[TensorType, ...]]
-Meaning = Callable[["Machine", list[np.ndarray], Attributes], tuple[np.ndarray, ...]]
+Arrays = tuple[np.ndarray, ...]
+Results = tuple[TensorType, ...]
+TypeRule = Callable[[Types, Attributes], Results]
+Reference = Callable[["EvalContext", list[np.ndarray], Attributes], Arrays]
 
 
 @dataclass(frozen=True)
-class Machine:
+class EvalContext:
     """How the interpreter computes: see `ir.interpret.Interpreter`.
 
-    round_row: what a cache holds instead of a row [kv_heads, head_dim], before its array's own element type rounds it.
+    round_row: what a cache holds instead of rows [T, kv_heads, head_dim], before its array's own element type rounds
+    them.
     """
 
     dtype: type[np.floating[Any]] = np.float64
@@ -90,29 +118,36 @@ class Op:
 
     operands      names in order; a last name that ends in `...` stands for one or more.
     results       names in order; `...` as above, as many as there are operands of that kind.
-    rule          operand types and attributes -> result types (f32 where i8x2 may stand too).
-    meaning       operand arrays -> result arrays.
+    summary       one line for the documentation.
+    rule          operand types and attributes -> result types (f32 where i8x2 or f16 may stand too).
+    reference     operand arrays -> result arrays, in numpy.
+    example       operand types of a small node, T for the number of rows, and its attributes: what derived tests run.
     attributes    required ones and their Python types; `optional` may be missing.
-    may_quantize  results that may be declared i8x2 instead of f32 (if they are vectors).
+    may_quantize  results that may be declared i8x2 instead of f32.
     product       the first operand is multiplied with the weights: it may be i8x2.
     consumes      operands that the result of the same name overwrites in memory: nothing
                   may read the old value once the node has run.
     extra_result  name of the result that comes first when the attribute `keep_<name>` is true.
-    summary       one line for the documentation.
+    elementwise   a value of the result comes of one value of each operand: kernels call the struct of the op's name in
+                  codegen/device/functions.cuh.
+    fused         made by passes, not written in specs.
     """
 
     name: str
     operands: tuple[str, ...]
     results: tuple[str, ...]
-    rule: TypeRule
-    meaning: Meaning
     summary: str
+    rule: TypeRule
+    reference: Reference
+    example: str
     attributes: Mapping[str, type] = field(default_factory=dict)
     optional: Mapping[str, type] = field(default_factory=dict)
     may_quantize: tuple[str, ...] = ()
     product: bool = False
     consumes: tuple[str, ...] = ()
     extra_result: str = ""
+    elementwise: bool = False
+    fused: bool = False
     _inferred: dict[Any, tuple[TensorType, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -160,7 +195,7 @@ class Op:
                 raise TypeMismatch(f"{self.name} wants {key} as {known[key].__name__}, not {value!r}")
 
     def infer(self, types: Sequence[TensorType], attrs: Mapping[str, Literal]) -> tuple[TensorType, ...]:
-        """Result types, with f32 where i8x2 may stand too; TypeMismatch says what does not fit."""
+        """Result types, with f32 where i8x2 or f16 may stand too; TypeMismatch says what does not fit."""
         # Layers repeat the same few nodes, and every pass is verified. The attributes' own types belong to the key:
         # 1, 1.0 and True are equal.
         key = (tuple(types), tuple((name, type(value), value) for name, value in attrs.items()))
@@ -168,19 +203,18 @@ class Op:
         if known is None:
             if len(self._inferred) >= MOST_INFERRED:
                 self._inferred.clear()
-            known = self._inferred[key] = self._infer(types, attrs)
+            self.check_attributes(attrs)
+            known = self.rule(Types(self.operand_names(len(types)), types), attrs)
+            self._inferred[key] = known
         return known
 
-    def _infer(self, types: Sequence[TensorType], attrs: Mapping[str, Literal]) -> tuple[TensorType, ...]:
-        from .sequence import infer_over  # it is written in the words of this file
-
-        self.check_attributes(attrs)
-        over = infer_over(self, types, attrs)
-        return self.rule(Types(self.operand_names(len(types)), types), attrs) if over is None else over
-
-    def compute(self, machine: Machine, ins: list[np.ndarray], attrs: Attributes) -> tuple[np.ndarray, ...]:
-        """The meaning, over a sequence too (`ir.sequence`)."""
-        from .sequence import compute_over
-
-        over = compute_over(self, machine, ins, attrs)
-        return self.meaning(machine, ins, attrs) if over is None else over
+    def example_of(self, rows: int) -> tuple[list[TensorType], dict[str, Literal]]:
+        """Operand types and attributes of the example, over so many rows."""
+        types, _, attributes = self.example.partition(" {")
+        found = []
+        for dtype, shape in re.findall(r"(\w+)\[([\w,]+)\]", types):
+            extents = (rows if extent == "T" else int(extent) for extent in shape.split(","))
+            found.append(TensorType(dtype, tuple(extents)))
+        pairs = (pair.split("=") for pair in attributes.rstrip("}").split(", ") if pair)
+        known = {**self.attributes, **self.optional}
+        return found, {key: value == "true" if known[key] is bool else known[key](value) for key, value in pairs}

@@ -1,4 +1,4 @@
-"""Program: the terminal stage. Kernel texts, launches in order, and a table of buffers.
+"""Program: the terminal stage. Kernel texts, and steps of launches in order over one table of buffers.
 
 A Program needs no CUDA: `codegen` writes it, `runtime` compiles and runs it, `inspect`
 prints it, and the JSON form (`to_json`) is what `psigraph compile` leaves on disk.
@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from .graph import Graph
+from .regime import Regime
 
-# In a Launch, in the place of a kernel's name: a product of halves that the runtime gives to a library.
-# Its args: the buffers w (halves [rows, columns]), x (halves [tokens, columns]), c and y (float32 [tokens, rows]), then
-# rows, tokens, columns, whether c is added (0 or 1), and the binary logarithm of what w @ x is multiplied with.
-LIBRARY_PRODUCT = "library_product"
+DECODE, PREFILL = "decode", "prefill"  # names of steps: the one replayed per token, and the one of a prompt's chunk
 
 
 @dataclass(frozen=True)
 class Buffer:
     """One piece of device memory.
 
-    kind     weight (packed from the file), state, constant, table (computed on the host
-             when the model is loaded), scratch (written and read within a step).
+    kind     weight (packed from the file), state, constant, input (of one step, written by the host before it runs),
+             table (computed on the host when the model is loaded), scratch (written and read within a step).
     dtype    element type as in the IR.
     shape    logical shape.
-    layout   how the elements lie: `plain` (row-major), `tiles` (codegen.packing),
-             `i8x2` (docs/layout.md), or the name of a table.
+    layout   how the elements lie: `plain` (row-major), `tiles` (docs/layout.md, "Layouts in memory"),
+             `i8x2`, `halves`, or the name of a table.
     nbytes   size in bytes, padding included.
     zeroed   must be zero before the first step.
     source   the tensor's name (weights), the state's name, or "" .
@@ -55,7 +53,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of the step.
+    """One kernel of a step.
 
     args          buffer names, or ints passed as 32-bit scalars, in the kernel's order.
     grid, block   blocks and threads (x only).
@@ -83,23 +81,64 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class LibraryProduct:
+    """A product that the runtime gives to a library: y = 2^up * x @ w.T, plus c if `add`.
+
+    w: halves [rows, columns]; x: halves [tokens, columns]; c, y: float32 [tokens, rows]; all of them buffers.
+    """
+
+    nodes: tuple[str, ...]
+    w: str
+    x: str
+    c: str
+    y: str
+    rows: int
+    tokens: int
+    columns: int
+    add: bool
+    up: int
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is launched for so many rows, in order. results: the graph's results and the buffers that hold them."""
+
+    name: str
+    graph: Graph
+    regime: Regime
+    rows: int
+    launches: tuple[Launch | LibraryProduct, ...]
+    results: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def kernels(self) -> tuple[Launch, ...]:
+        """The launches that are kernels of ours."""
+        return tuple(launch for launch in self.launches if isinstance(launch, Launch))
+
+
+@dataclass(frozen=True)
 class Program:
-    """Everything the runtime needs to run one decode step, for one number of SMs.
+    """Everything the runtime needs to run its steps over the same memory, for one number of SMs.
 
     headers: texts that the kernels' include by name. defines: macros that its kernels are compiled with.
     """
 
     name: str
-    graph: Graph
     headers: Mapping[str, str]
     kernels: tuple[Kernel, ...]
-    launches: tuple[Launch, ...]
+    steps: tuple[Step, ...]
     buffers: tuple[Buffer, ...]
     sm_count: int
     programmatic: bool
-    results: tuple[tuple[str, str], ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     defines: tuple[str, ...] = ()
+
+    def step(self, name: str = DECODE) -> Step:
+        for step in self.steps:
+            if step.name == name:
+                return step
+        raise KeyError(f"program {self.name} has no step {name}")
 
     def kernel(self, name: str) -> Kernel:
         for kernel in self.kernels:
@@ -113,20 +152,33 @@ class Program:
                 return buffer
         raise KeyError(f"program {self.name} has no buffer {name}")
 
+    def with_step(self, step: Step) -> Program:
+        """The Program with this step in the place of the one of its name."""
+        return replace(self, steps=tuple(step if step.name == old.name else old for old in self.steps))
+
     @property
     def weight_bytes_per_token(self) -> int:
-        return sum(launch.bytes_read for launch in self.launches)
+        """Bytes that one decode step reads at position 0."""
+        return sum(launch.bytes_read for launch in self.step().kernels)
 
     def to_json(self) -> str:
         record = {
-            "schema": "psigraph.program.v1",
+            "schema": "psigraph.program.v2",
             "name": self.name,
             "sm_count": self.sm_count,
             "programmatic": self.programmatic,
             "kernels": [kernel.name for kernel in self.kernels],
-            "launches": [asdict(launch) for launch in self.launches],
+            "steps": [
+                {
+                    "name": step.name,
+                    "rows": step.rows,
+                    "regime": str(step.regime),
+                    "launches": [asdict(launch) for launch in step.launches],
+                    "results": dict(step.results),
+                }
+                for step in self.steps
+            ],
             "buffers": [asdict(buffer) for buffer in self.buffers],
-            "results": dict(self.results),
             "notes": self.notes,
         }
         return json.dumps(record, indent=1)

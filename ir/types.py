@@ -13,8 +13,7 @@ WEIGHT_DTYPES = INTEGER_WEIGHTS + FLOAT_WEIGHTS
 # Elements per quantization block of a row (1: no blocks); rows are whole numbers of blocks.
 BLOCK_SIZE = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q8_0": 32, "f16": 1, "bf16": 1, "f32": 1}
 
-# What a step computes with: f32 vectors, quantized vectors, token ids and counters, the cache.
-ACTIVATION_DTYPES = ("f32", "i8x2")
+# What a step computes with: f32 or f16 rows, quantized rows, token ids and counters, the cache.
 DTYPES = (*WEIGHT_DTYPES, "i8x2", "q8", "i32")
 
 # What a KV cache may hold, the default first. A spec declares its caches as `cache[...]`; binding chooses the type.

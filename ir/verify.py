@@ -9,7 +9,6 @@ from .errors import SpecError
 from .graph import PARAM_KINDS, Graph, Node, TensorType, Value
 from .op import Op, TypeMismatch
 from .ops import OPS
-from .sequence import may_be_halves
 from .syntax import underlined
 from .text import print_node
 from .types import DTYPES, I8X2_GROUP, family
@@ -54,17 +53,19 @@ def check_node(graph_name: str, node: Node) -> None:
 
 
 def _may_be_quantized(op: Op, node: Node, index: int, actual: TensorType, inferred: TensorType) -> bool:
-    if actual.dtype == "f16" and inferred == TensorType("f32", actual.shape):
-        return may_be_halves(op, [value.type for value in node.ins])
-    fits = actual.dtype == "i8x2" and actual.shape == inferred.shape and len(actual.shape) == 1
-    return fits and actual.size % I8X2_GROUP == 0 and index in op.quantizable(len(node.ins), node.attributes)
+    if inferred != TensorType("f32", actual.shape):
+        return False
+    if actual.dtype == "f16":
+        return True  # how rows of activations may lie in memory
+    fits = actual.dtype == "i8x2" and actual.shape[-1] % I8X2_GROUP == 0
+    return fits and index in op.quantizable(len(node.ins), node.attributes)
 
 
 def verify(graph: Graph, lowered: bool = False) -> None:
     """Raises SpecError, with the line of the program underlined and its YAML line, unless:
 
     - every value is defined once, before its uses, and used with the type it was defined with;
-    - every node fits its op's row; i8x2 stands only where the row allows it, halves only over a sequence;
+    - every node fits its op's row; i8x2 stands only where the row allows it;
     - nothing reads a cache or log after a node took it over;
     - every result is defined, named once, and has the type of the state that takes it.
 

@@ -9,8 +9,8 @@ after:
     %q, %k, %v = scaled_matvec(%h.s, %h.f, %wq, %wk, %wv)
 
 w @ (f * s) = f * (w @ s): the product can start before the sum of squares is known, and
-both `s` and `f` can be made where x is. Only for norms of the whole vector whose readers
-are all products.
+both `s` and `f` can be made where x is. Only for norms of whole rows whose readers are all
+products: matvec, and matvec_swiglu, which becomes scaled_swiglu.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def defer_norm(graph: Graph) -> tuple[Graph, int]:
 
 def _can_defer(rewriter: Rewriter, norm: Node, users: list[Node]) -> bool:
     h = norm.out
-    if len(h.type.shape) != 1 or rewriter.is_returned(h) or not users:
+    if len(h.type.shape) != 2 or rewriter.is_returned(h) or not users:
         return False
     return all(user.op in SCALED and user.ins[0] == h and h not in user.ins[1:] for user in users)
 
@@ -44,7 +44,7 @@ def _can_defer(rewriter: Rewriter, norm: Node, users: list[Node]) -> bool:
 def _deferred(rewriter: Rewriter, norm: Node, users: list[Node]) -> list[Node]:
     h = norm.out
     s = Value(rewriter.fresh(f"{h.name}.s"), h.type)
-    f = Value(rewriter.fresh(f"{h.name}.f"), TensorType("f32", (1,)))
+    f = Value(rewriter.fresh(f"{h.name}.f"), TensorType("f32", (h.type.shape[0], 1)))
     made = [
         Node((s,), "mul", norm.ins, (), norm.origin),
         Node((f,), "rms_factor", norm.ins[:1], norm.attrs, norm.origin),

@@ -1,14 +1,14 @@
 """Norms, rotation, cache append and attention of one layer become one node.
 
 before:
-    %q_turned, %k_cache2, %v_cache2 =
-        rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %position)
+    %q_rotated, %k_cache2, %v_cache2 =
+        rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %positions, %sequences)
             {eps=$eps, theta=$theta, heads=$heads, kv_heads=$kv_heads}
-    %a_heads = attention(%q_turned, %k_cache2, %v_cache2, %position) {scale=$scale}
+    %a_heads = attention(%q_rotated, %k_cache2, %v_cache2, %positions, %sequences) {scale=$scale}
     %a = merge_heads(%a_heads)
 after:
     %a, %k_cache2, %v_cache2 =
-        rope_attention(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %position)
+        rope_attention(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %positions, %sequences)
             {eps=$eps, theta=$theta, scale=$scale, heads=$heads, kv_heads=$kv_heads}
 """
 
@@ -20,13 +20,13 @@ from .rewriter import Rewriter
 from .rule import Rule, apply_rules
 
 RULE = Rule(
-    before="""%q_turned, %k_cache2, %v_cache2 =
-                  rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %position)
+    before="""%q_rotated, %k_cache2, %v_cache2 =
+                  rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %positions, %sequences)
                       {eps=$eps, theta=$theta, heads=$heads, kv_heads=$kv_heads}
-              %a_heads = attention(%q_turned, %k_cache2, %v_cache2, %position) {scale=$scale}
+              %a_heads = attention(%q_rotated, %k_cache2, %v_cache2, %positions, %sequences) {scale=$scale}
               %a = merge_heads(%a_heads)""",
     after="""%a, %k_cache2, %v_cache2 =
-                 rope_attention(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %position)
+                 rope_attention(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %positions, %sequences)
                      {eps=$eps, theta=$theta, scale=$scale, heads=$heads, kv_heads=$kv_heads}""",
     carried=ROPE_SCALING,
 )

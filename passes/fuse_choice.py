@@ -2,28 +2,29 @@
 
 before:
     %logits = scaled_matvec(%s, %f, %w)
-    %token = argmax(%logits)
-    %log2 = record(%log, %token, %position)
-    %stop2 = stop_on(%token, %end_tokens, %stop)
-    %position2 = advance(%position)
+    %tokens = argmax(%logits)
+    %log2 = record(%log, %tokens, %positions, %sequences)
+    %stop2 = stop_on(%tokens, %end_tokens, %stop, %positions, %sequences)
+    %positions2 = advance(%positions)
 between:
     %logits = scaled_matvec(%s, %f, %w)
-    %token, %log2, %stop2, %position2 = choose(%logits, %log, %end_tokens, %stop, %position)
+    %tokens, %log2, %stop2, %positions2 = choose(%logits, %log, %end_tokens, %stop, %positions, %sequences)
 after:
-    %token, %log2, %stop2, %position2 = scaled_matvec_choose(%s, %f, %w, %log, %end_tokens, %stop, %position)
+    %tokens, %log2, %stop2, %positions2 =
+        scaled_matvec_choose(%s, %f, %w, %log, %end_tokens, %stop, %positions, %sequences)
 
 The same for matvec -> matvec_choose. Where the logits are asked for they become one more
 result, with the attribute keep_logits. A choice by chance (`use_sampler`) needs all logits at
 once, so the head stays a product, and draw takes the place of argmax:
 
 before:
-    %token = draw(%logits, %peaks, %sampler, %position)
-    %log2 = record(%log, %token, %position)
-    %stop2 = stop_on(%token, %end_tokens, %stop)
-    %position2 = advance(%position)
+    %tokens = draw(%logits, %peaks, %sampler, %positions)
+    %log2 = record(%log, %tokens, %positions, %sequences)
+    %stop2 = stop_on(%tokens, %end_tokens, %stop, %positions, %sequences)
+    %positions2 = advance(%positions)
 after:
-    %token, %log2, %stop2, %position2 =
-        draw_choose(%logits, %peaks, %sampler, %log, %end_tokens, %stop, %position)
+    %tokens, %log2, %stop2, %positions2 =
+        draw_choose(%logits, %peaks, %sampler, %log, %end_tokens, %stop, %positions, %sequences)
 """
 
 from __future__ import annotations
@@ -32,49 +33,36 @@ from ..ir.graph import Graph
 from .rewriter import Rewriter
 from .rule import Rule, apply_rules
 
+STATE = "%log, %end_tokens, %stop, %positions, %sequences"
+MADE = "%tokens, %log2, %stop2, %positions2"
+MOVED_ON = """%log2 = record(%log, %tokens, %positions, %sequences)
+              %stop2 = stop_on(%tokens, %end_tokens, %stop, %positions, %sequences)
+              %positions2 = advance(%positions)"""
+
 CHOOSE = Rule(
-    before="""%log2 = record(%log, %token, %position)
-              %stop2 = stop_on(%token, %end_tokens, %stop)
-              %position2 = advance(%position)
-              %token = argmax(%logits)""",
-    after="%token, %log2, %stop2, %position2 = choose(%logits, %log, %end_tokens, %stop, %position)",
+    before=f"""{MOVED_ON}
+               %tokens = argmax(%logits)""",
+    after=f"{MADE} = choose(%logits, {STATE})",
 )
 
 DRAW = Rule(
-    before="""%log2 = record(%log, %token, %position)
-              %stop2 = stop_on(%token, %end_tokens, %stop)
-              %position2 = advance(%position)
-              %token = draw(%logits, %peaks, %sampler, %position)""",
-    after="""%token, %log2, %stop2, %position2 =
-                 draw_choose(%logits, %peaks, %sampler, %log, %end_tokens, %stop, %position)""",
+    before=f"""{MOVED_ON}
+               %tokens = draw(%logits, %peaks, %sampler, %positions)""",
+    after=f"{MADE} = draw_choose(%logits, %peaks, %sampler, {STATE})",
 )
 
-HEADS = (
-    Rule(
-        before="""%logits = matvec(%x, %w)
-                  %token, %log2, %stop2, %position2 = choose(%logits, %log, %end_tokens, %stop, %position)""",
-        after="""%token, %log2, %stop2, %position2 =
-                     matvec_choose(%x, %w, %log, %end_tokens, %stop, %position)""",
-    ),
-    Rule(
-        before="""%logits = matvec(%x, %w)
-                  %token, %log2, %stop2, %position2 = choose(%logits, %log, %end_tokens, %stop, %position)""",
-        after="""%logits, %token, %log2, %stop2, %position2 =
-                     matvec_choose(%x, %w, %log, %end_tokens, %stop, %position) {keep_logits=true}""",
-    ),
-    Rule(
-        before="""%logits = scaled_matvec(%s, %f, %w)
-                  %token, %log2, %stop2, %position2 = choose(%logits, %log, %end_tokens, %stop, %position)""",
-        after="""%token, %log2, %stop2, %position2 =
-                     scaled_matvec_choose(%s, %f, %w, %log, %end_tokens, %stop, %position)""",
-    ),
-    Rule(
-        before="""%logits = scaled_matvec(%s, %f, %w)
-                  %token, %log2, %stop2, %position2 = choose(%logits, %log, %end_tokens, %stop, %position)""",
-        after="""%logits, %token, %log2, %stop2, %position2 =
-                     scaled_matvec_choose(%s, %f, %w, %log, %end_tokens, %stop, %position) {keep_logits=true}""",
-    ),
-)
+
+def _heads(product: str, operands: str) -> tuple[Rule, Rule]:
+    """Without the logits, and with them where somebody asks for them."""
+    before = f"""%logits = {product}({operands})
+                 {MADE} = choose(%logits, {STATE})"""
+    return (
+        Rule(before=before, after=f"{MADE} = {product}_choose({operands}, {STATE})"),
+        Rule(before=before, after=f"%logits, {MADE} = {product}_choose({operands}, {STATE}) {{keep_logits=true}}"),
+    )
+
+
+HEADS = (*_heads("matvec", "%x, %w"), *_heads("scaled_matvec", "%s, %f, %w"))
 
 
 def fuse_choice(graph: Graph) -> tuple[Graph, int]:

@@ -6,16 +6,16 @@ before:
     %v_heads = split_heads(%v) {heads=$kv_heads}
     %q_normed = rms_norm(%q_heads, %q_norm) {eps=$eps}
     %k_normed = rms_norm(%k_heads, %k_norm) {eps=$eps}
-    %q_turned = rope(%q_normed, %position) {theta=$theta}
-    %k_turned = rope(%k_normed, %position) {theta=$theta}
-    %k_cache2 = cache_append(%k_cache, %k_turned, %position)
-    %v_cache2 = cache_append(%v_cache, %v_heads, %position)
-    %a = attention(%q_turned, %k_cache2, %v_cache2, %position) {scale=$scale}
+    %q_rotated = rope(%q_normed, %positions) {theta=$theta}
+    %k_rotated = rope(%k_normed, %positions) {theta=$theta}
+    %k_cache2 = cache_append(%k_cache, %k_rotated, %positions, %sequences)
+    %v_cache2 = cache_append(%v_cache, %v_heads, %positions, %sequences)
+    %a = attention(%q_rotated, %k_cache2, %v_cache2, %positions, %sequences) {scale=$scale}
 after:
-    %q_turned, %k_cache2, %v_cache2 =
-        rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %position)
+    %q_rotated, %k_cache2, %v_cache2 =
+        rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %positions, %sequences)
             {eps=$eps, theta=$theta, heads=$heads, kv_heads=$kv_heads}
-    %a = attention(%q_turned, %k_cache2, %v_cache2, %position) {scale=$scale}
+    %a = attention(%q_rotated, %k_cache2, %v_cache2, %positions, %sequences) {scale=$scale}
 
 Attention stands in the rule because it alone ties q to its own k and v. A model without
 norms on q and k keeps the single ops.
@@ -34,15 +34,15 @@ RULE = Rule(
               %v_heads = split_heads(%v) {heads=$kv_heads}
               %q_normed = rms_norm(%q_heads, %q_norm) {eps=$eps}
               %k_normed = rms_norm(%k_heads, %k_norm) {eps=$eps}
-              %q_turned = rope(%q_normed, %position) {theta=$theta}
-              %k_turned = rope(%k_normed, %position) {theta=$theta}
-              %k_cache2 = cache_append(%k_cache, %k_turned, %position)
-              %v_cache2 = cache_append(%v_cache, %v_heads, %position)
-              %a = attention(%q_turned, %k_cache2, %v_cache2, %position) {scale=$scale}""",
-    after="""%q_turned, %k_cache2, %v_cache2 =
-                 rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %position)
+              %q_rotated = rope(%q_normed, %positions) {theta=$theta}
+              %k_rotated = rope(%k_normed, %positions) {theta=$theta}
+              %k_cache2 = cache_append(%k_cache, %k_rotated, %positions, %sequences)
+              %v_cache2 = cache_append(%v_cache, %v_heads, %positions, %sequences)
+              %a = attention(%q_rotated, %k_cache2, %v_cache2, %positions, %sequences) {scale=$scale}""",
+    after="""%q_rotated, %k_cache2, %v_cache2 =
+                 rope_append(%q, %k, %v, %q_norm, %k_norm, %k_cache, %v_cache, %positions, %sequences)
                      {eps=$eps, theta=$theta, heads=$heads, kv_heads=$kv_heads}
-             %a = attention(%q_turned, %k_cache2, %v_cache2, %position) {scale=$scale}""",
+             %a = attention(%q_rotated, %k_cache2, %v_cache2, %positions, %sequences) {scale=$scale}""",
     carried=ROPE_SCALING,
 )
 

@@ -1,10 +1,11 @@
-"""The passes as Markdown, from their own docstrings: docs/passes.md carries it, a test checks it."""
+"""The passes as Markdown, from their own docstrings: `python -m psigraph.passes.gallery` prints it."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 
+from ..ir.regime import ALL, Regime
 from .pipeline import PIPELINE
 
 
@@ -16,6 +17,7 @@ def gallery() -> str:
         summary, *rest = text.split("\n\n")
         body = "\n\n".join(_fenced(part) for part in rest)
         note = "Cannot be disabled. " if step.lowering else ""
+        note += "" if step.regimes == ALL else f"For {' and '.join(str(r) for r in Regime if r in step.regimes)}. "
         sections.append(f"## {number}. `{step.name}`\n\n{summary}\n\n{body}\n\n{note}Stands here: {step.reason}.")
     return "\n\n".join(sections) + "\n"
 

@@ -1,4 +1,4 @@
-"""Lowering of a sequence: what only products and attention read lies in memory as float16. Always runs.
+"""Lowering for several rows: what only products and attention read lies in memory as float16. Always runs.
 
 before:
     %h = rms_norm(%x, %weight)               h: f32[T,n]
@@ -19,7 +19,7 @@ from ..ir.graph import Graph, Node, TensorType, Value
 from ..ir.ops import OPS
 
 MAKERS = ("rms_norm", "matvec_swiglu", "swiglu", "rope_append", "rope", "attention", "merge_heads")
-"""Ops whose kernels over a sequence can write halves."""
+"""Ops whose kernels over many rows can write halves."""
 
 
 def halve_activations(graph: Graph) -> tuple[Graph, int]:
@@ -31,7 +31,7 @@ def halve_activations(graph: Graph) -> tuple[Graph, int]:
     for node in reversed(graph.nodes):  # a view is settled before what it shows
         outs = []
         for out in node.outs:
-            alone = out.type.dtype == "f32" and len(out.type.shape) > 1 and out.name not in returned
+            alone = out.type.dtype == "f32" and out.name not in returned
             if alone and node.op in MAKERS and all(_takes(reader, out, halves) for reader in readers.get(out.name, [])):
                 halves[out.name] = replace(out, type=TensorType("f16", out.type.shape))
             outs.append(halves.get(out.name, out))

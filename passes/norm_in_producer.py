@@ -12,9 +12,17 @@ The same for embed -> embed_norm.
 
 from __future__ import annotations
 
-from ..ir.graph import Graph
+from collections.abc import Mapping
+
+from ..ir.graph import Graph, Value
 from .rewriter import Rewriter
 from .rule import Rule, apply_rules
+
+
+def _for_all_rows(values: Mapping[str, Value]) -> bool:
+    """`mul` may also multiply with a value of each row; the weights of a norm are one vector."""
+    return len(values["weight"].type.shape) == 1
+
 
 RULES = (
     Rule(
@@ -22,12 +30,14 @@ RULES = (
                   %s = mul(%x2, %weight)
                   %f = rms_factor(%x2) {eps=$eps}""",
         after="%x2, %s, %f = matvec_add_norm(%a, %w, %x, %weight) {eps=$eps}",
+        where=_for_all_rows,
     ),
     Rule(
-        before="""%x = embed(%table, %token)
+        before="""%x = embed(%table, %tokens)
                   %s = mul(%x, %weight)
                   %f = rms_factor(%x) {eps=$eps}""",
-        after="%x, %s, %f = embed_norm(%table, %token, %weight) {eps=$eps}",
+        after="%x, %s, %f = embed_norm(%table, %tokens, %weight) {eps=$eps}",
+        where=_for_all_rows,
     ),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from ..ir.analysis import dependents
 from ..ir.graph import Graph, Node, Origin, Value
 from ..ir.verify import takeovers
 
@@ -82,25 +83,20 @@ class Rewriter:
 
         New nodes without an origin take those of all the old nodes.
         """
-        gone = {id(node) for node in old}
-        first, last = min(self.place[i] for i in gone), max(self.place[i] for i in gone)
-        before: list[Node] = []
-        after: list[Node] = []
-        tainted = {out.name for node in old for out in node.outs}
-        wanted = {value.name for node in old for value in node.ins} - tainted
+        gone = {self.place[id(node)] for node in old}
+        first, last = min(gone), max(gone)
+        window = self.nodes[first : last + 1]
+        inside = {index - first for index in gone}
+        # What depends on a replaced value moves behind the new nodes.
+        moved = dependents(window, {out.name for node in old for out in node.outs}) - inside
+        behind = {out.name for index in moved for out in window[index].outs}
+        if any(value.name in behind for node in old for value in node.ins):
+            return False
         overwritten = {name for node in new for name in takeovers(node)}
-        for node in self.nodes[first : last + 1]:
-            if id(node) in gone:
-                continue
-            # What reads a replaced value, or the reader of one, moves behind the new nodes.
-            if any(value.name in tainted for value in node.ins):
-                outs = {out.name for out in node.outs}
-                if outs & wanted or any(value.name in overwritten for value in node.ins):
-                    return False
-                tainted |= outs
-                after.append(node)
-            else:
-                before.append(node)
+        if any(value.name in overwritten for index in moved for value in window[index].ins):
+            return False
+        before = [node for index, node in enumerate(window) if index not in inside | moved]
+        after = [window[index] for index in sorted(moved)]
         origin = merged_origins(old)
         placed = [node if node.origin else replace(node, origin=origin) for node in new]
         self._put(first, last, before + placed + after)

@@ -100,12 +100,12 @@ def compile(
         default_target,
         gpu_target,
         source_of_file,
-        stages_of,
+        staged,
         write_compilation,
     )
 
     targets = [gpu_target(arch) for arch in arches] or [default_target()]
-    compilation = compile_stages(stages_of(source_of_file(path, ctx, kv_type), disable), targets)
+    compilation = compile_stages(staged(source_of_file(path, ctx, kv_type), disable), targets)
     if out is not None:
         write_compilation(compilation, out)
     return compilation

@@ -13,7 +13,8 @@ from .codegen.lower import lower
 from .codegen.target import Target
 from .ir.errors import ModelFileError, UnsupportedModelError
 from .ir.graph import Graph, TensorType
-from .ir.program import Program
+from .ir.program import PREFILL, Program
+from .ir.regime import Regime
 from .ir.spec.loader import available_specs, load_spec
 from .ir.spec.model import Binding, ModelSpec, check_cache_type
 from .ir.types import CACHE_DTYPES
@@ -35,12 +36,12 @@ class Model:
     spec: ModelSpec
     binding: Binding
 
-    def graph(self, outputs: Sequence[str] = (), sampling: bool = False) -> Graph:
-        """The unfused decode step; `outputs` may hold "logits".
+    def graph(self, outputs: Sequence[str] = (), sampling: bool = False, rows: int = 1) -> Graph:
+        """The unfused step over so many rows; `outputs` may hold "logits".
 
         sampling: the token is drawn, by the settings in the constant `sampler`, instead of the likeliest.
         """
-        graph = self.spec.graph(self.binding, outputs)
+        graph = self.spec.graph(self.binding, outputs, rows)
         return use_sampler(graph) if sampling else graph
 
     def fileno(self) -> int:
@@ -106,10 +107,22 @@ def open_model(
 
 
 def fuse(
-    graph: Graph, disable: Sequence[str] = (), observe: Observe | None = None
+    graph: Graph, disable: Sequence[str] = (), observe: Observe | None = None, regime: Regime = Regime.STEP
 ) -> tuple[Graph, tuple[PassReport, ...]]:
-    """The graph after the pass pipeline, and what each pass did."""
-    return run_pipeline(graph, disable=tuple(disable), observe=observe)
+    """The graph after the passes of a regime, and what each of them did."""
+    return run_pipeline(graph, tuple(disable), observe, regime)
+
+
+def with_prefill(
+    program: Program, graph: Graph, target: Target, disable: Sequence[str] = (), library: bool = False
+) -> Program:
+    """The Program of a decode step with the step of a prompt's chunk beside it.
+
+    graph: the chunk's, unfused; library: its products are `LibraryProduct`s. UnsupportedModelError if there are no
+    kernels for it: such a model takes its prompts in token by token.
+    """
+    fused = fuse(graph, disable, regime=Regime.MANY)[0]
+    return lower(fused, target, regime=Regime.MANY, name=PREFILL, library=library, beside=program)
 
 
 def build_program(

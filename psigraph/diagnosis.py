@@ -26,7 +26,6 @@ PROBE_SECONDS = 30  # a driver that takes longer to say what it has does not wor
 PACKAGES = (
     "click>=8.1",
     "cuda-bindings>=13,<14",
-    "cuda-core>=1.2,<2",
     "gguf>=0.17",
     "jinja2>=3.1",
     "networkx>=3.2",

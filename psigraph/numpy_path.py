@@ -66,7 +66,7 @@ class NumpyEngine:
         self.dtype = dtype or (np.float64 if elements <= MOST_ELEMENTS_IN_FLOAT64 else np.float32)
         _require_memory(elements * np.dtype(self.dtype).itemsize)
         self.graph = graph
-        self.context = graph.param("log").type.shape[0]
+        self.context = graph.param("log").type.shape[1]
         self.has_logits = any(name == "logits" for name, _ in graph.results)
         self.position = 0
         self.timings = NumpyTimings()
@@ -102,7 +102,7 @@ class NumpyEngine:
 
     def reset(self) -> None:
         """Back to position 0; the cache's old contents are never read again."""
-        for name in ("token", "position", "stop"):
+        for name in ("tokens", "positions", "stop"):
             self._state[name] = np.zeros(1, np.int32)
         slots = self._state["end_tokens"]
         if len(self._end_tokens) > len(slots):
@@ -118,7 +118,7 @@ class NumpyEngine:
         if not 0 <= position <= self.position:
             raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
         self.reset()
-        self._state["position"] = np.array([position], np.int32)
+        self._state["positions"] = np.array([position], np.int32)
         self.position = position
 
     def set_constant(self, name: str, values: np.ndarray) -> None:
@@ -146,7 +146,7 @@ class NumpyEngine:
                 "give a larger --ctx"
             )
         for index, token in enumerate(ids):
-            self._state["token"] = np.array([token], np.int32)
+            self._state["tokens"] = np.array([token], np.int32)
             self.step()
             if on_step:
                 on_step(index)
@@ -156,13 +156,13 @@ class NumpyEngine:
 
     def chosen(self) -> int:
         """The token that the last step chose."""
-        return int(self._state["token"][0])
+        return int(self._state["tokens"][0])
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float[vocabulary] of this engine's dtype."""
         if self._logits is None:
             raise UsageError("this engine was built without logits")
-        return self._logits
+        return np.asarray(self._logits[0])
 
     def forced_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`, float[len(ids), vocabulary], the ids given, not chosen."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from .build import Model
-from .codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
+from .build import Model, with_prefill
+from .codegen.lower import PREFILL_ROWS
 from .codegen.target import Target
 from .ir.errors import UsageError
-from .passes.prefill import prefill_graph
+from .ir.program import Program
 from .runtime.cuda.kernel_cache import KernelCache, default_cache_dir
-from .runtime.prefill import Library, PrefillMaker, PrefillPlan
+from .runtime.engine import PrefillMaker, PrefillPlan
+from .runtime.library import Library
 
 if TYPE_CHECKING:
+    from .runtime.cuda.compiler import CompiledKernel
     from .runtime.cuda.driver import Driver
 
 PREFILLS = ("auto", "own", "library", "off")
@@ -33,7 +36,7 @@ def check_prefill(prefill: str, backend: str, why: str = "") -> None:
 
 
 def prefill_maker(
-    prefill: str, backend: str, model: Model, sampling: bool, target: Target, driver: Driver
+    prefill: str, backend: str, model: Model, sampling: bool, disable: Sequence[str], target: Target, driver: Driver
 ) -> PrefillMaker | None:
     """What an engine calls for its first prompt, None for "off".
 
@@ -42,16 +45,15 @@ def prefill_maker(
     if prefill == "off":
         return None
 
-    def make() -> PrefillPlan:
+    def make(program: Program, compiled: Mapping[str, CompiledKernel]) -> PrefillPlan:
         from .runtime.cuda.compiler import compile_program
 
         library = _library(driver, prefill) if backend == "cuda" and prefill in ("auto", "library") else None
         try:
-            graph = prefill_graph(model.graph((), sampling), CHUNK_TOKENS)
-            program = lower_prefill(graph, target, library is not None)
-            return PrefillPlan(
-                program, compile_program(program, target.arch, KernelCache(default_cache_dir())), library
-            )
+            graph = model.graph((), sampling, PREFILL_ROWS)
+            both = with_prefill(program, graph, target, disable, library is not None)
+            cache = KernelCache(default_cache_dir())
+            return PrefillPlan(both, compile_program(both, target.arch, cache, known=compiled), library)
         except BaseException:
             if library is not None:
                 library.close()

@@ -33,7 +33,7 @@ from .options import DEFAULTS, Progress, SessionOptions
 from .passes.use_sampler import SAMPLER
 from .prefill import EXPLICIT, check_prefill, prefill_maker
 from .runtime.cuda.kernel_cache import KernelCache, default_cache_dir
-from .runtime.prefill import FEWEST
+from .runtime.engine import FEWEST
 from .text.sampler import SamplerSettings
 
 if TYPE_CHECKING:
@@ -358,7 +358,9 @@ class _Opener:
                 graph=options.graph,
                 progress=options.on_load,
                 constants=self.constants,
-                prefill=prefill_maker(options.prefill, backend, model, options.sampling, target, driver),
+                prefill=prefill_maker(
+                    options.prefill, backend, model, options.sampling, options.disable, target, driver
+                ),
                 must_prefill=f"prefill {options.prefill}" if options.prefill in EXPLICIT else "",
             )
             if options.prefill == "library":  # who asks hears now, and not at the first prompt, that there is none

@@ -1,13 +1,12 @@
-"""A Program on a GPU: memory, modules, the captured step, and the decode loop.
+"""A model on a GPU: prompts taken in, tokens chosen, one decode step replayed for each.
 
-The step is captured once as a CUDA graph and replayed per token. Token, position, stop
-flag and the log of chosen tokens live on the device, and the host queues replays ahead:
-it learns tokens in chunks, copied behind the step that made them.
+Tokens, positions, stop flags and the log of chosen tokens live on the device, and the host queues replays ahead:
+it learns tokens in chunks, copied behind the step that made them. A prompt goes in by chunks, a step of many rows each:
+its tokens, their positions and how many they are are copied to the device before each replay.
 """
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,17 +15,32 @@ from typing import Any
 import numpy as np
 
 from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, UsageError
-from ..ir.program import Buffer, Launch, Program
+from ..ir.program import DECODE, PREFILL, Launch, LibraryProduct, Program
 from .cuda.compiler import CompiledKernel
 from .cuda.driver import Driver, HostMemory
-from .measuring import PROBE, Timings, read_bandwidth, step_times
-from .prefill import FEWEST, Prefill, PrefillMaker
-from .replay import captured, replayed
-from .tables import end_token_slots, table_values
+from .decode import replayed
+from .library import Library
+from .measuring import Timings, read_bandwidth, step_times
+from .program import LoadedProgram
+from .stream import Stream
+from .tables import end_token_slots
 from .upload import WeightSource, upload_weights
 
-ALIGNMENT = 256
 CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
+FEWEST = 8
+"""Tokens from which on a chunk of a prompt pays: it costs a few decode steps, however few its tokens are."""
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """A Program that has the step `prefill` beside the engine's own, compiled, and the library that it needs."""
+
+    program: Program
+    compiled: Mapping[str, CompiledKernel]
+    library: Library | None = None
+
+
+PrefillMaker = Callable[[Program, Mapping[str, CompiledKernel]], PrefillPlan]
 
 
 @dataclass
@@ -36,9 +50,10 @@ class Engine:
     graph: replay a captured CUDA graph (True) or launch kernel after kernel (False).
     constants: arrays for the program's constants beside `end_tokens`, by name (`set_constant`);
     UsageError names one that is missing.
-    prefill: makes what takes a prompt in by chunks, called for the first prompt or by `prepare_prefill`; None: every
-    token takes a step. Where it raises UnsupportedModelError or memory is short, prompts take steps too, and
-    `prefill_way` says why; unless must_prefill says what was asked for, and the error names it.
+    prefill: makes what takes a prompt in by chunks, of the engine's program and its kernels, called for the first
+    prompt or by `prepare_prefill`; None: every token takes a step. Where it raises UnsupportedModelError or memory is
+    short, prompts take steps too, and `prefill_way` says why; unless must_prefill says what was asked for, and the
+    error names it.
     """
 
     driver: Driver
@@ -55,138 +70,55 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.context = int(self.program.notes["context"])
-        self._address: dict[str, int] = {}
-        self._functions: dict[str, Any] = {}
-        self._modules: list[Any] = []
-        self._host: list[HostMemory] = []
-        self._events: list[Any] = []
-        self._extra: list[int] = []
-        self._staged: dict[str, tuple[HostMemory, Any]] = {}
-        self._arena = 0
-        self._stream: Any = None
-        self._graph: Any = None
-        self._executable: Any = None
-        self._failed = ""  # the failure after which nothing can be trusted
-        self._prefill: Prefill | None = None
-        self._no_prefill = "" if self.prefill else "switched off"
         self.position = 0
+        self._no_prefill = "" if self.prefill else "switched off"
+        self._prefill_maker = self.prefill
+        self._stream = Stream(self.driver)
+        self._loaded = LoadedProgram(self._stream, self.graph)
         try:
-            self._stream = self.driver.call("cuStreamCreate", 1)
-            self._load_modules()
-            self._allocate()
-            self._fill()
-            self._ids = self.pinned(self.context * 4)
-            self._logits = self.pinned(self.program.buffer(self._result("logits")).nbytes) if self.has_logits else None
-            if self.graph:
-                self._capture()
+            self._load()
+            self._ids = self._stream.pinned(self.context * 4)
+            self._numbers = self._stream.pinned(4 * (self.context + 1))  # 0, 1, 2, ...: positions, and counts of rows
+            np.frombuffer(self._numbers.view, np.int32)[:] = np.arange(self.context + 1)
+            self._logits: HostMemory | None = None
+            if self.has_logits:
+                self._logits = self._stream.pinned(self.program.buffer(self._result("logits")).nbytes)
+            started = time.perf_counter()
+            self._loaded.capture(DECODE)
+            self.timings.capture_s = time.perf_counter() - started
             self.reset()
         except BaseException:
             self.close()
             raise
 
-    # --- building ---
-
-    def _load_modules(self) -> None:
-        started = time.perf_counter()
-        needs: dict[str, tuple[int, int]] = {}
-        for launch in self.program.launches:  # one kernel may be launched with more shared memory than elsewhere
-            shared, cluster = needs.get(launch.kernel, (0, 1))
-            needs[launch.kernel] = (max(shared, launch.shared_bytes), max(cluster, launch.cluster))
-        for name, kernel in self.compiled.items():
-            module, function = self.driver.load_kernel(kernel.image, name, *needs.get(name, (0, 1)))
-            self._modules.append(module)
-            self._functions[name] = function
-        self.timings.modules_s = time.perf_counter() - started
-
-    def _allocate(self) -> None:
-        offset = 0
-        offsets = {}
-        for buffer in self.program.buffers:
-            offsets[buffer.name] = offset
-            offset += -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
-        self.arena_bytes = offset
+    def _load(self) -> None:
         cache = sum(b.nbytes for b in self.program.buffers if b.kind == "state")
         what = f"this model with a context of {self.context} tokens ({cache / 2**20:,.0f} MiB of it KV cache)"
-        self._arena = self.driver.allocate(offset, what)
-        self._address = {name: self._arena + at for name, at in offsets.items()}
-
-    def _fill(self) -> None:
         started = time.perf_counter()
-        call, stream = self.driver.call, self._stream
-        for buffer in self.program.buffers:
-            if buffer.zeroed:
-                call("cuMemsetD8Async", self._address[buffer.name], 0, buffer.nbytes, stream)
-            elif buffer.kind == "table":
-                self._write(buffer.name, table_values(buffer))
+        self._loaded.load(self.program, self.compiled, what)
+        self.timings.modules_s = time.perf_counter() - started
+        started = time.perf_counter()
         given = {"end_tokens": end_token_slots(self.end_tokens), **self.constants}
         for buffer in self.program.buffers:
             if buffer.kind == "constant":
                 if buffer.source not in given:
                     raise UsageError(f"the program {self.program.name} needs the constant {buffer.source}")
                 self.set_constant(buffer.source, given[buffer.source])
-        self.timings.bytes_loaded = upload_weights(
-            self.driver, stream, self.program, self._functions, self._address, self.source, self.progress
-        )
+        self.timings.bytes_loaded = upload_weights(self._loaded, self.program, self.source, self.progress)
         self.timings.load_s = time.perf_counter() - started
 
-    def _write(self, buffer: str, values: np.ndarray) -> None:
-        data = np.ascontiguousarray(values)
-        self._guard("cuMemcpyHtoD", self._address[buffer], data.ctypes.data, data.nbytes)
+    # --- prompts ---
 
-    def pinned(self, nbytes: int) -> HostMemory:
-        """Page-locked memory until the engine is closed."""
-        memory: HostMemory = self._guarded(self.driver.host_memory, nbytes)
-        self._host.append(memory)
-        return memory
+    def prepare_prefill(self) -> bool:
+        """Whether prompts go in by chunks (`prefill_way` says why not); what they need is made now if it was not yet.
 
-    def event(self) -> Any:
-        """An event until the engine is closed."""
-        event = self._guard("cuEventCreate", 0)
-        self._events.append(event)
-        return event
-
-    def _capture(self) -> None:
-        started = time.perf_counter()
-        self._graph, self._executable = self.captured(self._launch_all)
-        self.timings.capture_s = time.perf_counter() - started
-
-    def captured(self, launch_all: Callable[[], None]) -> tuple[Any, Any]:
-        """What the function queues as a graph, and that graph ready for replay."""
-        return captured(self.driver, self._stream, launch_all)
-
-    # --- for a prompt's chunks ---
-
-    @property
-    def stream(self) -> Any:
-        """The stream that everything is queued on."""
-        return self._stream
-
-    def address(self, name: str) -> int:
-        """Where a buffer of the Program lies on the device."""
-        return self._address[name]
-
-    def guard(self, name: str, *args: Any) -> Any:
-        """A driver call after whose failure the engine refuses everything."""
-        return self._guard(name, *args)
-
-    def give_up(self, error: DeviceError) -> None:
-        """Refuse everything from here on."""
-        self._failed = self._failed or str(error)
-
-    def shared(self) -> dict[Buffer, int]:
-        """Where the step keeps what is no scratch memory."""
-        return {buffer: self._address[buffer.name] for buffer in self.program.buffers if buffer.kind != "scratch"}
-
-    def prepare_prefill(self) -> Prefill | None:
-        """What takes prompts in by chunks, made now if it was not yet; None where there is none (`prefill_way`).
-
-        With must_prefill UnsupportedModelError or OutOfMemoryError instead of None.
+        With must_prefill UnsupportedModelError or OutOfMemoryError instead of False.
         """
-        if self._prefill is None and self.prefill is not None:
-            self._check()
+        if not self._no_prefill and self.prefill is not None:
+            self._stream.check()
             maker, self.prefill = self.prefill, None
             try:
-                self._prefill = Prefill(self, maker(), self.graph)
+                self._add_prefill(maker(self.program, self.compiled))
             except (UnsupportedModelError, OutOfMemoryError) as error:
                 if self.must_prefill:
                     self.prefill = maker  # asked again, it must not fall back either
@@ -195,9 +127,39 @@ class Engine:
                     ) from None
                 self._no_prefill = str(error)
             except DeviceError as error:
-                self._failed = self._failed or str(error)
+                self._stream.give_up(error)
                 raise
-        return self._prefill
+        return not self._no_prefill
+
+    def _add_prefill(self, plan: PrefillPlan) -> None:
+        """Load the plan's step; whatever fails, the engine stays as it was."""
+        loaded, before, compiled = self._loaded, self.program, self.compiled
+        step = plan.program.step(PREFILL)
+        try:
+            for launch in step.launches:
+                if isinstance(launch, LibraryProduct):
+                    if plan.library is None:
+                        raise UsageError(f"the program {plan.program.name} needs a library for its products")
+                    plan.library.prepare(launch.rows, launch.tokens, launch.columns)
+            loaded.load(plan.program, plan.compiled, f"taking a prompt in by chunks of {step.rows} tokens")
+            loaded.library = plan.library
+            try:
+                if plan.library is not None:
+                    # A chunk of no tokens: a library loads its kernels when they are first used, which a capture does
+                    # not suffer.
+                    self._copy_numbers(f"{PREFILL}.count", 0, 1)
+                    loaded.launch_all(step)
+                    self.synchronize()
+                loaded.capture(PREFILL)
+            except BaseException:
+                loaded.library = None
+                loaded.load(before, compiled, "")
+                raise
+        except BaseException:
+            if plan.library is not None:
+                plan.library.close()
+            raise
+        self.program, self.compiled = plan.program, dict(plan.compiled)
 
     @property
     def chunked(self) -> bool:
@@ -209,63 +171,60 @@ class Engine:
         """How long prompts go in, in words."""
         if self._no_prefill:
             return f"token by token: {self._no_prefill}"
-        if self._prefill is None:
+        if self.prefill is not None:
             return "by chunks, from the first prompt on"
-        by = self._prefill.library.name if self._prefill.library else "own kernels"
-        return f"{by}, {self._prefill.tokens} tokens at once"
+        by = self._loaded.library.name if self._loaded.library else "own kernels"
+        return f"{by}, {self.program.step(PREFILL).rows} tokens at once"
+
+    def _copy_numbers(self, buffer: str, first: int, count: int) -> None:
+        """Queue first, first + 1, ... into a buffer of integers."""
+        self._copy(buffer, self._numbers.address + 4 * first, 4 * count)
+
+    def _copy(self, buffer: str, source: int, nbytes: int) -> None:
+        address = self._loaded.memory.address(buffer)
+        self._stream.call("cuMemcpyHtoDAsync", address, source, nbytes, self._stream.handle)
 
     def _take_in(self, count: int) -> int:
         """Queue chunks for the first of `count` page-locked ids; how many they take."""
-        prefill = self.prepare_prefill() if count >= FEWEST else None
-        taken = turn = 0
-        while prefill is not None and count - taken >= FEWEST:
-            size = min(prefill.tokens, count - taken)
-            prefill.queue(self._ids.address + 4 * taken, size, self.position, turn)
+        if count < FEWEST or not self.prepare_prefill():
+            return 0
+        taken, rows = 0, self.program.step(PREFILL).rows
+        while count - taken >= FEWEST:
+            size = min(rows, count - taken)
+            self._copy(f"{PREFILL}.tokens", self._ids.address + 4 * taken, 4 * size)
+            self._copy_numbers(f"{PREFILL}.positions", self.position, size)
+            self._copy_numbers(f"{PREFILL}.count", size, 1)
+            self._loaded.run(PREFILL)
             self.position += size
-            taken, turn = taken + size, turn + 1
+            taken += size
+        self._copy_numbers("positions", self.position, 1)
         return taken
-
-    def _launch_all(self) -> None:
-        for launch in self.program.launches:
-            self.launch(launch)
-
-    def launch(self, launch: Launch) -> None:
-        """Launch one kernel of the step on the engine's stream."""
-        self._check()
-        args = [
-            (self._address[arg], ctypes.c_void_p) if isinstance(arg, str) else (arg, ctypes.c_int)
-            for arg in launch.args
-        ]
-        try:
-            self.driver.launch(
-                self._functions[launch.kernel],
-                launch.grid,
-                launch.block,
-                launch.shared_bytes,
-                self._stream,
-                args,
-                launch.programmatic,
-                launch.cluster,
-            )
-        except DeviceError as error:  # out of memory too: half a step is no state to go on from
-            self._failed = str(error)
-            raise
 
     # --- state ---
 
     @property
     def has_logits(self) -> bool:
         """Whether the program leaves the logits of each step in memory."""
-        return any(name == "logits" for name, _ in self.program.results)
+        return any(name == "logits" for name, _ in self.program.step().results)
 
     def _result(self, name: str) -> str:
-        return dict(self.program.results)[name]
+        return dict(self.program.step().results)[name]
+
+    @property
+    def arena_bytes(self) -> int:
+        """Device memory of the program's buffers."""
+        return self._loaded.memory.nbytes
+
+    @property
+    def stream(self) -> Stream:
+        """What everything is queued on."""
+        return self._stream
 
     def reset(self) -> None:
         """Back to position 0; the cache's old contents are never read again."""
-        self._check()
-        for state in ("token", "position", "stop"):
-            self._guard("cuMemsetD8Async", self._address[state], 0, 4, self._stream)
+        self._stream.check()
+        for state in ("tokens", "positions", "stop"):
+            self.clear(state)
         self.synchronize()
         self.position = 0
 
@@ -274,21 +233,7 @@ class Engine:
 
         UsageError for a name that is no constant of the program, another shape or another element type.
         """
-        buffer = next((b for b in self.program.buffers if b.kind == "constant" and b.source == name), None)
-        if buffer is None:
-            known = ", ".join(b.source for b in self.program.buffers if b.kind == "constant")
-            raise UsageError(f"the program {self.program.name} has no constant {name}; it has {known}")
-        data = np.ascontiguousarray(values)
-        wanted = np.dtype({"i32": np.int32, "f32": np.float32, "f16": np.float16}[buffer.dtype])
-        if data.shape != buffer.shape or data.dtype != wanted:
-            raise UsageError(f"the constant {name} is {wanted}{list(buffer.shape)}, not {data.dtype}{list(data.shape)}")
-        if name not in self._staged:
-            self._staged[name] = (self.pinned(buffer.nbytes), self.event())
-        memory, copied = self._staged[name]
-        self._guard("cuEventSynchronize", copied)  # the copy of the contents before may still be under way
-        memory.view[:] = data.tobytes()
-        self._guard("cuMemcpyHtoDAsync", self._address[buffer.name], memory.address, buffer.nbytes, self._stream)
-        self._guard("cuEventRecord", copied, self._stream)
+        self._loaded.memory.set_constant(name, values)
 
     def rewind(self, position: int) -> None:
         """Back to an earlier position: what the caches hold before it stays, the rest is never read again.
@@ -299,42 +244,23 @@ class Engine:
             raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
         self.reset()
         if position:
-            self._write("position", np.array([position], np.int32))
+            self._copy_numbers("positions", position, 1)
             self.position = position
 
     def synchronize(self) -> None:
         """Wait for everything queued."""
-        self._guard("cuStreamSynchronize", self._stream)
-
-    def _check(self) -> None:
-        if self._failed:
-            raise DeviceError(f"the GPU failed earlier in this process: {self._failed}")
-        if self._stream is None:
-            raise UsageError("this engine is closed; open another")
-
-    def _guard(self, name: str, *args: Any) -> Any:
-        """A call after which a failure leaves nothing that can be trusted: whatever follows is refused at once."""
-        return self._guarded(self.driver.call, name, *args)
-
-    def _guarded(self, function: Callable[..., Any], *args: Any) -> Any:
-        self._check()
-        try:
-            return function(*args)
-        except OutOfMemoryError:
-            raise
-        except DeviceError as error:
-            self._failed = str(error)
-            raise
+        self._stream.synchronize()
 
     def step(self) -> None:
-        """Queue one decode step; it reads `token` and `position` on the device."""
+        """Queue one decode step; it reads `tokens` and `positions` on the device."""
         if self.position >= self.context:
             raise UsageError(f"the context of {self.context} tokens is full; give a larger --ctx")
-        if self._executable is not None:
-            self._guard("cuGraphLaunch", self._executable, self._stream)
-        else:
-            self._launch_all()
+        self._loaded.run(DECODE)
         self.position += 1
+
+    def launch(self, launch: Launch | LibraryProduct) -> None:
+        """Queue one launch of a step alone."""
+        self._loaded.launch(launch)
 
     def feed(self, ids: Sequence[int], on_step: Callable[[int], None] | None = None) -> None:
         """Take ids in: by chunks where there is a prefill, and by a step for the last id and where ids are few.
@@ -342,7 +268,7 @@ class Engine:
         The last step's choice is the first generated token. on_step(index) is called after each step is queued; with it
         every id takes a step.
         """
-        self._check()
+        self._stream.check()
         if self.position + len(ids) > self.context:
             raise UsageError(
                 f"{len(ids)} tokens from position {self.position} exceed the context of {self.context}; "
@@ -352,8 +278,7 @@ class Engine:
         view = np.frombuffer(self._ids.view, dtype=np.int32)
         view[: len(ids)] = ids
         for index in range(0 if on_step else self._take_in(len(ids) - 1), len(ids)):
-            source = self._ids.address + 4 * index
-            self._guard("cuMemcpyHtoDAsync", self._address["token"], source, 4, self._stream)
+            self._copy("tokens", self._ids.address + 4 * index, 4)
             self.step()
             if on_step:
                 on_step(index)
@@ -363,8 +288,8 @@ class Engine:
         if self._logits is None:
             raise UsageError("this engine was built without logits")
         name = self._result("logits")
-        nbytes = self.program.buffer(name).nbytes
-        self._guard("cuMemcpyDtoHAsync", self._logits.address, self._address[name], nbytes, self._stream)
+        address, nbytes = self._loaded.memory.address(name), self.program.buffer(name).nbytes
+        self._stream.call("cuMemcpyDtoHAsync", self._logits.address, address, nbytes, self._stream.handle)
         self.synchronize()
         return np.frombuffer(self._logits.view, dtype=np.float32).copy()
 
@@ -376,15 +301,14 @@ class Engine:
 
     def chosen(self) -> int:
         """The token that the last step chose; waits for it."""
-        return int(self._fetch_log(self.position - 1, 1)[0])
-
-    def _fetch_log(self, first: int, count: int) -> np.ndarray:
-        out = np.empty(count, np.int32)
+        out = np.empty(1, np.int32)
         self.synchronize()
-        self._guard("cuMemcpyDtoH", out.ctypes.data, self._address["log"] + 4 * first, out.nbytes)
-        return out
+        self._stream.call("cuMemcpyDtoH", out.ctypes.data, self._log(self.position - 1), out.nbytes)
+        return int(out[0])
 
-    # --- decoding ---
+    def _log(self, position: int) -> int:
+        """The address of a position's token in the log."""
+        return self._loaded.memory.address("log") + 4 * position
 
     def decode(self, count: int, chunk: int = CHUNK) -> Iterator[list[int]]:
         """`count` tokens in chunks, the first of them chosen by the step already queued by `feed`.
@@ -392,103 +316,78 @@ class Engine:
         Replays are queued ahead: while the host handles one chunk, the GPU is busy with
         the next two. UsageError if the context cannot hold them.
         """
-        self._check()
+        self._stream.check()
         if self.position + count - 1 > self.context:
             raise UsageError(
                 f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
             )
-        yield from replayed(self, count, chunk)
+        yield from replayed(self._stream, self.step, self._log(self.position - 1), count, chunk)
 
     # --- measuring ---
 
-    def adopt(self, program: Program, compiled: dict[str, CompiledKernel]) -> None:
+    def adopt(self, program: Program, compiled: Mapping[str, CompiledKernel]) -> None:
         """Run another Program over the same memory: other kernels and launches, perhaps more scratch.
 
-        Weights lie the same whatever the launch shapes are, so that tuning loads them once.
-        UsageError if a buffer that holds something differs.
+        Weights lie the same whatever the launch shapes are, so that tuning loads them once. Where it takes no prompts
+        in, that is made anew for the next one. UsageError if a buffer that holds something differs.
         """
-        self._check()
-        known = {buffer.name: buffer for buffer in self.program.buffers}
-        for buffer in program.buffers:
-            if buffer.kind != "scratch" and known.get(buffer.name) != buffer:
-                raise UsageError(f"the other program keeps {buffer.name} differently; open a new engine")
         self.synchronize()
         try:
-            self._exchange(program, compiled, known)
+            self._loaded.load(program, compiled, "scratch memory of another program")
+            for step in self.program.steps:
+                self._loaded.forget(step.name)
+            for step in program.steps:
+                self._loaded.capture(step.name)
         except DeviceError as error:  # out of memory too: neither program is whole
-            self._failed = self._failed or str(error)
+            self._stream.give_up(error)
             raise
-
-    def _exchange(self, program: Program, compiled: dict[str, CompiledKernel], known: dict[str, Buffer]) -> None:
-        for buffer in program.buffers:
-            if known.get(buffer.name) != buffer:
-                address = self.driver.allocate(buffer.nbytes, "scratch memory of another program")
-                self._extra.append(address)
-                self._address[buffer.name] = address
-                self.driver.call("cuMemsetD8Async", address, 0, buffer.nbytes, self._stream)
-        if self._executable is not None:
-            self.driver.call("cuGraphExecDestroy", self._executable)
-            self._executable = None
-            self.driver.call("cuGraphDestroy", self._graph)
-            self._graph = None
-        self._functions = {}
-        while self._modules:
-            self.driver.call("cuModuleUnload", self._modules.pop())
-        self.program, self.compiled = program, compiled
-        self._load_modules()
-        if self.graph:
-            self._capture()
+        self.program, self.compiled = program, dict(compiled)
+        if all(step.name != PREFILL for step in program.steps):
+            self.prefill = self._prefill_maker
+            self._loaded.close_library()
 
     def read(self, name: str) -> np.ndarray:
         """The bytes of a buffer, uint8; waits for everything queued."""
-        out = np.empty(self.program.buffer(name).nbytes, np.uint8)
-        self.synchronize()
-        self._guard("cuMemcpyDtoH", out.ctypes.data, self._address[name], out.nbytes)
-        return out
+        return self._loaded.memory.read(name)
 
     def clear(self, name: str) -> None:
         """Zero a buffer, in order with the steps."""
-        nbytes = self.program.buffer(name).nbytes
-        self._guard("cuMemsetD8Async", self._address[name], 0, nbytes, self._stream)
+        self._loaded.memory.clear(name)
 
     def read_bandwidth(self, repeats: int = 5) -> float:
         """Bytes per second that plain loads read from the weights' memory; the median of `repeats`."""
-        return read_bandwidth(self, self._functions[PROBE], repeats)
+        return read_bandwidth(self._loaded, self.program, repeats)
 
     def step_times(self, count: int) -> np.ndarray:
         """Microseconds of `count` further steps, one event between each; float64[count]."""
-        return step_times(self, count)
+        return step_times(self._stream, self.step, count)
+
+    def chunk_times(self, ids: Sequence[int], count: int, position: int = 0) -> np.ndarray:
+        """Microseconds of taking in the same ids at a position `count` times, at most a chunk's rows; float64[count].
+
+        UsageError where prompts do not go in by chunks, or beyond the context. The engine is at position 0 afterwards.
+        """
+        if not self.prepare_prefill() or len(ids) > self.program.step(PREFILL).rows:
+            raise UsageError(f"{len(ids)} tokens do not go in by one chunk: {self.prefill_way}")
+        if position + len(ids) > self.context:
+            raise UsageError(f"{len(ids)} tokens from position {position} exceed the context of {self.context}")
+        self.reset()
+        np.frombuffer(self._ids.view, dtype=np.int32)[: len(ids)] = ids
+        self._copy(f"{PREFILL}.tokens", self._ids.address, 4 * len(ids))
+        self._copy_numbers(f"{PREFILL}.positions", position, len(ids))
+        self._copy_numbers(f"{PREFILL}.count", len(ids), 1)
+        return step_times(self._stream, lambda: self._loaded.run(PREFILL), count)
 
     # --- ending ---
 
     def close(self) -> None:
         """Wait, then free everything; a failure while freeing is not reported again."""
-        api = self.driver.api
-        if self._stream is not None:
-            api.cuStreamSynchronize(self._stream)  # never destroy a graph that is running
-        if self._prefill is not None:
-            self._prefill.close()
-            self._prefill = None
-        if self._executable is not None:
-            api.cuGraphExecDestroy(self._executable)
-        if self._graph is not None:
-            api.cuGraphDestroy(self._graph)
-        for event in self._events:
-            api.cuEventDestroy(event)
-        for memory in self._host:
-            memory.close()
-        for address in (self._arena, *self._extra):
-            if address:
-                api.cuMemFree(address)
-        for module in self._modules:
-            api.cuModuleUnload(module)
-        if self._stream is not None:
-            api.cuStreamDestroy(self._stream)
-        self._executable = self._graph = self._stream = None
-        self._events, self._host, self._modules, self._extra, self._arena = [], [], [], [], 0
+        self._stream.settle()  # never destroy a graph that is running
+        self._loaded.close()
+        self._stream.close()
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.close()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .engine import Engine
+from ..ir.program import Program
+from .program import LoadedProgram
+from .stream import Stream
 
 PROBE = "read_bandwidth"
 PROBE_BYTES = 8 << 30  # that one launch reads, going over the weights several times
@@ -26,37 +27,38 @@ class Timings:
     bytes_loaded: int = 0
 
 
-def read_bandwidth(engine: Engine, probe: Any, repeats: int) -> float:
-    """See `Engine.read_bandwidth`. probe: the kernel's function."""
-    program = engine.program
+def read_bandwidth(loaded: LoadedProgram, program: Program, repeats: int) -> float:
+    """See `Engine.read_bandwidth`."""
+    stream, memory = loaded.stream, loaded.memory
     weights = [b for b in program.buffers if b.kind == "weight"]
-    start = min(engine.address(b.name) for b in weights)
-    end = max(engine.address(b.name) + b.nbytes for b in weights)
+    start = min(memory.address(b.name) for b in weights)
+    end = max(memory.address(b.name) + b.nbytes for b in weights)
     count = (end - start) // 16
     passes = 1 if program.notes["arch"] == "host" else max(1, PROBE_BYTES // (end - start))
-    begin, done = engine.event(), engine.event()
+    begin, done = stream.event(), stream.event()
+    scratch = next(b.name for b in program.buffers if b.kind == "scratch")
     seconds = []
     for _ in range(repeats + 1):
-        engine.guard("cuEventRecord", begin, engine.stream)
+        stream.call("cuEventRecord", begin, stream.handle)
         args = (
             (start, ctypes.c_void_p),
             (count, ctypes.c_ulonglong),
             (passes, ctypes.c_int),
-            (engine.address(program.buffers[-1].name), ctypes.c_void_p),
+            (memory.address(scratch), ctypes.c_void_p),
         )
-        engine.driver.launch(probe, 4 * program.sm_count, 512, 0, engine.stream, args)
-        engine.guard("cuEventRecord", done, engine.stream)
-        engine.guard("cuEventSynchronize", done)
-        seconds.append(float(engine.guard("cuEventElapsedTime", begin, done)) / 1e3)
+        stream.driver.launch(loaded.function(PROBE), 4 * program.sm_count, 512, 0, stream.handle, args)
+        stream.call("cuEventRecord", done, stream.handle)
+        stream.call("cuEventSynchronize", done)
+        seconds.append(float(stream.call("cuEventElapsedTime", begin, done)) / 1e3)
     return count * 16 * passes / float(np.median(seconds[1:]))
 
 
-def step_times(engine: Engine, count: int) -> np.ndarray:
+def step_times(stream: Stream, step: Callable[[], None], count: int) -> np.ndarray:
     """See `Engine.step_times`."""
-    events = [engine.event() for _ in range(count + 1)]
-    engine.guard("cuEventRecord", events[0], engine.stream)
+    events = [stream.event() for _ in range(count + 1)]
+    stream.call("cuEventRecord", events[0], stream.handle)
     for event in events[1:]:
-        engine.step()
-        engine.guard("cuEventRecord", event, engine.stream)
-    engine.synchronize()
-    return np.array([float(engine.guard("cuEventElapsedTime", a, b)) * 1e3 for a, b in itertools.pairwise(events)])
+        step()
+        stream.call("cuEventRecord", event, stream.handle)
+    stream.synchronize()
+    return np.array([float(stream.call("cuEventElapsedTime", a, b)) * 1e3 for a, b in itertools.pairwise(events)])

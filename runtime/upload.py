@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from ..ir.errors import ModelFileError
 from ..ir.program import Buffer, Program
 from .cuda.driver import Driver, HostMemory
+from .program import LoadedProgram
 
 SLAB_BYTES = 32 * 2**20
 READ_BYTES = 4 * 2**20
@@ -59,18 +60,13 @@ class _Slab:
 
 
 def upload_weights(
-    driver: Driver,
-    stream: Any,
-    program: Program,
-    functions: dict[str, Any],
-    address: dict[str, int],
-    source: WeightSource,
-    progress: Progress | None = None,
+    loaded: LoadedProgram, program: Program, source: WeightSource, progress: Progress | None = None
 ) -> int:
-    """Fill every weight buffer of a program. Returns the bytes read from the file.
+    """Fill every weight buffer of a loaded program. Returns the bytes read from the file.
 
     ModelFileError if the file ends before a tensor does.
     """
+    driver, stream, functions = loaded.stream.driver, loaded.stream.handle, loaded.functions
     weights = [buffer for buffer in program.buffers if buffer.kind == "weight"]
     sizes = [source.place(buffer.source)[1] for buffer in weights]
     total, slab_bytes = sum(sizes), min(SLAB_BYTES, max(sizes, default=1))
@@ -89,7 +85,16 @@ def upload_weights(
                     driver.call("cuEventSynchronize", slab.event)
                     _read(pool, source.fileno(), slab, offset + at, size, buffer.source)
                     _place(
-                        driver, stream, functions, buffer, slab, address[buffer.name], first_row, row_count, at, size
+                        driver,
+                        stream,
+                        functions,
+                        buffer,
+                        slab,
+                        loaded.memory.address(buffer.name),
+                        first_row,
+                        row_count,
+                        at,
+                        size,
                     )
                     driver.call("cuEventRecord", slab.event, stream)
                     done += size

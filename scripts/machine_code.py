@@ -10,6 +10,7 @@ Needs git and NVRTC, no GPU. Exit status 1 if any differ.
 from __future__ import annotations
 
 import argparse
+import shutil
 import struct
 import subprocess
 import sys
@@ -66,10 +67,12 @@ def compiled(tree: Path, python_path: Path, model: str, arch: str, out: Path) ->
 
 
 def installed(tree: Path, folder: Path) -> Path:
-    """The tree's package in a folder of its own."""
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(tree)], check=True
-    )
+    """The tree's package in a folder of its own, built from a copy: setuptools would find what it built before."""
+    copy = folder.with_name(f"{folder.name}-tree")
+    unwanted = shutil.ignore_patterns(".git", ".venv", ".make", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(tree, copy, ignore=unwanted, symlinks=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(copy)]
+    subprocess.run(command, check=True)
     return folder
 
 
@@ -100,23 +103,19 @@ def main() -> int:
 
 
 def compare(what: str, before: dict[str, bytes], now: dict[str, bytes]) -> int:
-    """Prints what differs; the number of kernels that do."""
+    """Prints what differs; the number of kernels that do. Kernels that only one of them has are counted."""
     lines = []
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if old is None or new is None:
-            lines.append(f"{name}: only {'now' if old is None else 'before'}")
-        elif old != new:
-            pieces = [
-                (old[at : at + INSTRUCTION], new[at : at + INSTRUCTION]) for at in range(0, max(len(old), len(new)), 16)
-            ]
-            count = sum(a != b for a, b in pieces)
+    for name in sorted(before.keys() & now.keys()):
+        old, new = before[name], now[name]
+        if old != new:
+            places = range(0, max(len(old), len(new)), INSTRUCTION)
+            count = sum(old[at : at + INSTRUCTION] != new[at : at + INSTRUCTION] for at in places)
             sizes = f"{len(old) // INSTRUCTION} and {len(new) // INSTRUCTION} instructions"
-            lines.append(f"{name}: {count} of {len(pieces)} places differ ({sizes})")
-    print(
-        f"{what}: {len(before.keys() & now.keys()) - len(lines)} kernels equal"
-        + "".join(f"\n    {line}" for line in lines)
-    )
+            lines.append(f"    {name}: {count} of {len(places)} places differ ({sizes})\n")
+    gone, new_ones = sorted(before.keys() - now.keys()), len(now.keys() - before.keys())
+    lines += [f"    {name}: only before\n" for name in gone]
+    print(f"{what}: {len(before.keys() & now.keys()) - len(lines) + len(gone)} kernels equal, {new_ones} new")
+    print("".join(lines), end="")
     return len(lines)
 
 

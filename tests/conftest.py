@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import resource
+import sys
+from pathlib import Path
 
 import pytest
+
+# Helpers of several rooms' tests lie in tests/support and are imported by name, although tests are no package.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 MOST_MIB = 1536
 PEAKS = pytest.StashKey[dict[str, int]]()  # process -> MiB at most; with -n also those of the workers

@@ -126,7 +126,7 @@ DEVICE void wait_for_previous_kernel() {
 }
 #endif
 
-// Time stamps, for `codegen.profile`: every kernel has STAMP_PARAMETERS behind its own, an object `stamps` from its
+// Time stamps, for `psigraph.bench.stamps`: every kernel has STAMP_PARAMETERS behind its own, an object `stamps` from its
 // beginning to its end (STAMPS), and waits with it. Without PSIGRAPH_STAMPS nothing is left of all that.
 // With it each launch notes when it was let through its wait and when its last warp ended, nanoseconds of the GPU's clock:
 // two rows of STAMP_PLACES words, complements of the earliest releases, and the latest ends, so that both are maxima over
@@ -222,7 +222,7 @@ template <int COUNT, class BODY> DEVICE void for_each(BODY&& body) { for_range<0
 
 // A kernel has the registers that its widest stretch of code needs, and this stretch, which never runs, needs COUNT and a
 // few more: so blocks of all products fit a multiprocessor in the same number, whatever their own code needs. It belongs
-// at a kernel's very beginning: elsewhere it cost a step 1 to 18 % (docs/performance.md, version 14).
+// at a kernel's very beginning: elsewhere it cost a step 1 to 18 % (docs/performance-log.md, version 14).
 template <int COUNT> DEVICE void hold_registers() {
 #ifndef PSIGRAPH_HOST
     if (gridDim.z == 1) return;

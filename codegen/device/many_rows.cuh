@@ -1,4 +1,4 @@
-// What the kernels of a prompt add to the device header: many tokens at once, on the tensor cores, in halves.
+// Many rows at once, on the tensor cores, in halves: products and attention of a prompt's chunk.
 //
 // A prompt's chunk is a matrix of activations, a row a token, float16 (layout `halves`: rows padded with zeros to whole
 // superblocks). Weights stay in the tiles of a decode step. m16n8k16 multiplies 16 weight rows with 8 tokens: a lane
@@ -7,8 +7,7 @@
 #ifndef PSIGRAPH_MANY_ROWS_CUH
 #define PSIGRAPH_MANY_ROWS_CUH
 
-#include "cache.cuh"
-#include "quant.cuh"
+#include "rows.cuh"
 
 // ---------------------------------------------------------------------------------------------------------
 // Instructions
@@ -367,8 +366,104 @@ template <class STORE> DEVICE void store_sums(const ProductSums& sums, int first
     });
 }
 
-// A matrix as halves [rows][padded columns], for a library that multiplies: a warp a superblock of a tile.
-template <class TYPE> DEVICE void spread_tile(const u8* tiles, u16* out, int rows, int superblocks, int which) {
+// A weight matrix of a product, in tiles.
+template <class TYPE, int ROWS> struct Weight {
+    typedef TYPE Type;
+    static constexpr int COUNT = ROWS, TILES = (ROWS + 15) / 16;
+    const u8* tiles;
+};
+
+// The different types among the weights of a product: each has one stretch of code.
+template <class... TYPES> struct Types {};
+template <class A, class B> constexpr bool SAME = false;
+template <class A> constexpr bool SAME<A, A> = true;
+template <class TYPE, class FIRST, class... REST> constexpr int index_of(Types<FIRST, REST...>) {
+    if constexpr (SAME<TYPE, FIRST>) return 0;
+    else return 1 + index_of<TYPE>(Types<REST...>());
+}
+// body(TYPE()) for the type of that index; the last one is not asked for.
+template <class BODY, class FIRST, class... REST> DEVICE void with_type(int index, Types<FIRST, REST...>, BODY&& body) {
+    if constexpr (sizeof...(REST) == 0) body(FIRST());
+    else if (index == 0) body(FIRST());
+    else with_type(index - 1, Types<REST...>(), body);
+}
+
+// The weight that a unit of work belongs to: its rows, where they begin among all, which of its units this is, its type's
+// index. A tile has UNITS of them, or a unit has TILES. Weights of one type so share one stretch of code.
+struct Part {
+    const u8* tiles;
+    int rows, offset, unit, type;
+};
+template <class TYPES, int UNITS, int TILES, class FIRST, class... REST> DEVICE Part part_of(int unit, int offset, FIRST first, REST... rest) {
+    constexpr int ALL = (FIRST::TILES * UNITS + TILES - 1) / TILES;
+    if constexpr (sizeof...(REST) > 0)
+        if (unit >= ALL) return part_of<TYPES, UNITS, TILES>(unit - ALL, offset + FIRST::COUNT, rest...);
+    return {first.tiles, FIRST::COUNT, offset, unit, index_of<typename FIRST::Type>(TYPES())};
+}
+
+// What becomes of a product's value: it is stored, or a function of it and of another operand.
+template <class OUT> struct Stored {
+    OUT out;
+    METHOD void put(int row, int at, float value) const { out.store(row, at, value, true); }
+};
+template <class OUT, class FUNCTION, class OPERAND> struct Applied {
+    OUT out;
+    FUNCTION function;
+    OPERAND operand;
+    METHOD void put(int row, int at, float value) const { out.store(row, at, function(operand.at(ManyRows{}, row, at), value), true); }
+};
+template <class OUT> DEVICE Stored<OUT> results(OUT out) { return {out}; }
+template <class OUT, class FUNCTION, class OPERAND> DEVICE Applied<OUT, FUNCTION, OPERAND> results(OUT out, FUNCTION function, OPERAND operand) {
+    return {out, function, operand};
+}
+
+// y = w @ x for every weight, 64 weight rows and 128 tokens a block. x: halves times 2^-UP.
+template <class SHAPE, class TYPES, class RESULTS, class... WEIGHTS>
+DEVICE void product_rows(const u16* x, const int* rows, const RESULTS& results, const Stamps& stamps, WEIGHTS... weights) {
+    DYNAMIC_SHARED(shared_memory);
+    wait_for_previous_kernel(stamps);
+    const int count = *rows, first_token = blockIdx.x % SHAPE::TOKEN_BLOCKS * BLOCK_TOKENS;
+    if (first_token >= count) return;
+    const Part part = part_of<TYPES, 1, BLOCK_TILES>(blockIdx.x / SHAPE::TOKEN_BLOCKS, 0, weights...);
+    const int pair = (threadIdx.x >> 6) & 1;  // of a block's two pairs of tiles, this warp's
+    const int last = (part.rows + 15) / 16 - 1, tile = part.unit * BLOCK_TILES + pair * 2;
+    const u64 one = (u64)(tile < last ? tile : last) * SHAPE::SUPERBLOCKS;
+    const u64 two = (u64)(tile + 1 < last ? tile + 1 : last) * SHAPE::SUPERBLOCKS;
+    ProductSums sums;
+    with_type(part.type, TYPES(), [&](auto type) {
+        typedef decltype(type) TYPE;
+        multiply_block<TYPE, TYPE, SHAPE::SUPERBLOCKS>(sums, part.tiles + one * TYPE::BYTES, part.tiles + two * TYPE::BYTES, x, first_token, count, (u16*)shared_memory);
+    });
+    store_sums(sums, first_token, count, [&](int row, int token, float a, float b) {
+        const int to = tile * 16 + row;
+        if (to < part.rows) results.put(token, part.offset + to, a * (float)(1 << SHAPE::UP));
+        if (to + 16 < part.rows) results.put(token, part.offset + to + 16, b * (float)(1 << SHAPE::UP));
+    });
+}
+
+// y = swiglu(gate @ x, up @ x): two tiles of the gate and the same two of up a block.
+template <class SHAPE, class FUNCTION, class OUT, class GATE, class UP>
+DEVICE void product_swiglu(const u16* x, const int* rows, const FUNCTION& function, const OUT& out, const Stamps& stamps, GATE gate, UP up) {
+    DYNAMIC_SHARED(shared_memory);
+    wait_for_previous_kernel(stamps);
+    const int count = *rows, first_token = blockIdx.x % SHAPE::TOKEN_BLOCKS * BLOCK_TOKENS;
+    if (first_token >= count) return;
+    const int mine = blockIdx.x / SHAPE::TOKEN_BLOCKS * (BLOCK_TILES / 2) + ((threadIdx.x >> 6) & 1);
+    const u64 at = (u64)(mine < GATE::TILES - 1 ? mine : GATE::TILES - 1) * SHAPE::SUPERBLOCKS;
+    typedef typename GATE::Type A;
+    typedef typename UP::Type B;
+    ProductSums sums;
+    multiply_block<A, B, SHAPE::SUPERBLOCKS>(sums, gate.tiles + at * A::BYTES, up.tiles + at * B::BYTES, x, first_token, count, (u16*)shared_memory);
+    constexpr float SCALE = 1 << SHAPE::UP;
+    store_sums(sums, first_token, count, [&](int row, int token, float a, float b) {
+        const int to = mine * 16 + row;
+        out.store(token, to, function(a * SCALE, b * SCALE), to < GATE::COUNT);
+    });
+}
+
+// Weights as halves [rows][padded columns], one below the other, for a library that multiplies: a warp a superblock of a
+// tile.
+template <class TYPE> DEVICE void dequantize_tile(const u8* tiles, u16* out, int rows, int superblocks, int which) {
     const int lane = threadIdx.x & 31, tile = which / superblocks, superblock = which % superblocks;
     const int row = tile * 16 + (lane >> 2);
     u16* mine = out + (u64)row * superblocks * 256 + superblock * 256 + (lane & 3) * 4;
@@ -385,6 +480,13 @@ template <class TYPE> DEVICE void spread_tile(const u8* tiles, u16* out, int row
             if (row + 8 < rows) *(uint2*)(mine + (u64)8 * superblocks * 256 + c * 64 + j.index * 16) = make_uint2(halves[1], halves[3]);
         });
     }
+}
+template <class SHAPE, class TYPES, class... WEIGHTS> DEVICE void dequantize_weights(u16* halves, WEIGHTS... weights) {
+    const int warp = blockIdx.x * (SHAPE::THREADS / 32) + (threadIdx.x >> 5);
+    const Part part = part_of<TYPES, SHAPE::SUPERBLOCKS, 1>(warp, 0, weights...);
+    if (part.unit >= (part.rows + 15) / 16 * SHAPE::SUPERBLOCKS) return;
+    u16* const out = halves + (u64)part.offset * SHAPE::SUPERBLOCKS * 256;
+    with_type(part.type, TYPES(), [&](auto type) { dequantize_tile<decltype(type)>(part.tiles, out, part.rows, SHAPE::SUPERBLOCKS, part.unit); });
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -482,13 +584,20 @@ template <int D> struct Q8Tiles {
     }
 };
 
-// q, y: halves [token][stride]; caches: as TILES knows them. position: of the chunk's first token, count: its tokens.
-// scale: of the scores, times log2(e). shared: 2 * STAGE halves, or what TILES needs.
-template <int D, int GROUP, template <int> class TILES>
-DEVICE void attend_block(const u16* q, const u8* k_cache, const u8* v_cache, u16* y, int q_stride, int y_stride,
-                         int position, int count, int context, int kv_head, int block, float scale, u16* shared) {
+// q, y: halves [token][stride]; caches: as TILES knows them. The rows are tokens at consecutive positions of one sequence,
+// the first `*rows` of them. scale: of the scores, times log2(e). Dynamic shared memory: 2 * STAGE halves, or what TILES
+// needs.
+template <class SHAPE, template <int> class TILES>
+DEVICE void attend_block(const u16* q, const u8* k_cache, const u8* v_cache, u16* y, const int* positions, const int* rows,
+                         int context, float scale, const Stamps& stamps) {
+    constexpr int D = SHAPE::HEAD_DIM, GROUP = SHAPE::GROUP, q_stride = SHAPE::Q_STRIDE, y_stride = SHAPE::Y_STRIDE;
     typedef AttendShape<D> Shape;
     constexpr int KEYS = Shape::KEYS, BLOCKS = D / 8;
+    DYNAMIC_SHARED(shared_memory);
+    u16* const shared = (u16*)shared_memory;
+    wait_for_previous_kernel(stamps);
+    const int kv_head = blockIdx.x % SHAPE::KV_HEADS, block = SHAPE::BLOCKS - 1 - (int)blockIdx.x / SHAPE::KV_HEADS;
+    const int position = positions[0], count = *rows;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int first_token = block * ATTEND_ROWS / GROUP;
     if (first_token >= count) return;

@@ -34,7 +34,7 @@ DEVICE void dot_chunk(int sums[4], const u32 weights[8], u32 digits, int lane) {
 // The activations of 256 columns, held in registers as lane (g, t) needs them.
 // Of group t in chunk c: digits, scale, and bias = scale * the group's integers summed.
 // minimum_bias[k]: bias of the 32 columns that a 6-bit minimum covers, half t / 2 of chunk 2 (t % 2) + k.
-struct Digits {
+struct ActivationBlock {
     u32 digits[4];
     float scale[4], bias[4], minimum_bias[2];
     u32 number;  // `bits_of_2_23`, for types with minima
@@ -58,12 +58,13 @@ struct Digits {
 };
 
 // An i8x2 vector in memory: of every 256 columns 32 lanes x 4 chunks x 4 digits, then 4 groups x 4 chunks x (scale, bias).
-#define DIGITS_BLOCK 640
-#define DIGITS_STRIDE 40  // words of 16 bytes
+#define ACTIVATION_BLOCK 640
+#define ACTIVATION_STRIDE 40  // words of 16 bytes
+#define ACTIVATION_COPIES 4   // of a vector, one after the other: a product's blocks take turns with them
 // Where lane (g, t) reads the block of a superblock.
-DEVICE const uint4* first_words(const u8* vector, int superblock, int lane) { return (const uint4*)(vector + superblock * DIGITS_BLOCK) + lane; }
+DEVICE const uint4* first_words(const u8* vector, int superblock, int lane) { return (const uint4*)(vector + superblock * ACTIVATION_BLOCK) + lane; }
 DEVICE const float4* first_factors(const u8* vector, int superblock, int lane) {
-    return (const float4*)(vector + superblock * DIGITS_BLOCK + 512) + 2 * (lane & 3);
+    return (const float4*)(vector + superblock * ACTIVATION_BLOCK + 512) + 2 * (lane & 3);
 }
 
 // The activations of a warp's slice for weights that are floating-point numbers: float32 in shared memory.
@@ -111,7 +112,7 @@ struct SixBit {
 
 // What Q4_K and Q5_K share: value = d * scale * quant - dmin * minimum. QUANTS::HIGH: what its high rows are multiplied with.
 template <class QUANTS>
-DEVICE void dot_with_minimum(const u8* superblock, const u8* header, const Digits& x, int lane, float& low_row, float& high_row) {
+DEVICE void dot_with_minimum(const u8* superblock, const u8* header, const ActivationBlock& x, int lane, float& low_row, float& high_row) {
     SixBit six;
     six.load(header, lane >> 2, (lane >> 1) & 1);
     float low = 0.0f, high = 0.0f;
@@ -142,8 +143,10 @@ DEVICE float value_with_minimum(const u8* header, int quant, int row, int column
 // Q4_K: 4 chunks of nibbles (2,048 bytes), then scales and minima.
 struct Q4K {
     static constexpr int BYTES = 2304, HIGH = 16;
+    typedef ActivationBlock Activations;
+    static constexpr bool MINIMA = true;
     DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) { spread_nibbles(weights, ((const uint4*)superblock)[chunk * 32 + lane]); }
-    DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
+    DEVICE void dot(const u8* superblock, const ActivationBlock& x, int lane, float& low_row, float& high_row) {
         dot_with_minimum<Q4K>(superblock, superblock + 2048, x, lane, low_row, high_row);
     }
     DEVICE float element(const u8* superblock, int row, int column) {
@@ -154,6 +157,8 @@ struct Q4K {
 // Q5_K: nibbles, then 4 chunks of fifth bits (32 lanes x 4 bytes; bit 2 j + (row >= 8) of a byte), then scales and minima.
 struct Q5K {
     static constexpr int BYTES = 2816, HIGH = 1;
+    typedef ActivationBlock Activations;
+    static constexpr bool MINIMA = true;
     DEVICE void unpack(u32 weights[8], const u8* superblock, int chunk, int lane) {
         uint4 packed = ((const uint4*)superblock)[chunk * 32 + lane];
         const u32 words[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -164,7 +169,7 @@ struct Q5K {
             weights[i] = (nibbles & 0x0f0f0f0fu) | ((i < 4 ? bits << (4 - i) : bits >> (i - 4)) & 0x10101010u);
         }
     }
-    DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
+    DEVICE void dot(const u8* superblock, const ActivationBlock& x, int lane, float& low_row, float& high_row) {
         dot_with_minimum<Q5K>(superblock, superblock + 2560, x, lane, low_row, high_row);
     }
     DEVICE float element(const u8* superblock, int row, int column) {
@@ -181,7 +186,9 @@ struct Q5K {
 // that is one instruction a word instead of three.
 struct Q6K {
     static constexpr int BYTES = 3360;
-    DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
+    typedef ActivationBlock Activations;
+    static constexpr bool MINIMA = false;
+    DEVICE void dot(const u8* superblock, const ActivationBlock& x, int lane, float& low_row, float& high_row) {
         uint4 first = ((const uint4*)(superblock + 2048))[lane], second = ((const uint4*)(superblock + 2560))[lane];
         const u32 bits[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
         uint2 scales = ((const uint2*)(superblock + 3072))[lane];
@@ -221,7 +228,9 @@ struct Q6K {
 // of half j / 2), then 8 halves of scales a row. value = d * (quant - 128).
 struct Q80 {
     static constexpr int BYTES = 4352;
-    DEVICE void dot(const u8* superblock, const Digits& x, int lane, float& low_row, float& high_row) {
+    typedef ActivationBlock Activations;
+    static constexpr bool MINIMA = false;
+    DEVICE void dot(const u8* superblock, const ActivationBlock& x, int lane, float& low_row, float& high_row) {
         const uint4* scales = (const uint4*)(superblock + 4096);
         uint4 low_scales = scales[lane >> 2], high_scales = scales[(lane >> 2) + 8];
         const u32 low_words[4] = {low_scales.x, low_scales.y, low_scales.z, low_scales.w};
@@ -249,6 +258,8 @@ struct Q80 {
 template <class NUMBER> struct FloatTiles {
     static constexpr int LANE = 8 * NUMBER::BYTES_EACH;
     static constexpr int BYTES = 16 * 32 * LANE;
+    typedef Floats Activations;
+    static constexpr bool MINIMA = false;
     DEVICE void dot(const u8* superblock, const Floats& x, int lane, float& low_row, float& high_row) {
 #pragma unroll 4
         for (int group = 0; group < 16; group++) {
@@ -307,7 +318,7 @@ DEVICE u32 every_other_byte(u32 first, u32 second, int odd) { return __byte_perm
 
 // Write one value of an i8x2 vector, COPIES times at every COPY_BYTES. 16 neighbouring lanes hold one group; all 32 lanes
 // call it, those with `inside` false write nothing (a whole group is inside or outside). index: the value's place.
-template <int COPIES, int COPY_BYTES> DEVICE void store_digits(u8* vector, int index, float value, bool inside) {
+template <int COPIES, int COPY_BYTES> DEVICE void store_activations(u8* vector, int index, float value, bool inside) {
     float amax = half_warp_max(fabsf(value));  // on a GPU what is no number is larger than all: its group becomes zeros
     bool alive = amax >= 1.50463277e-36f;  // 128 * smallest normal number: below, 127 / amax could overflow
     float inverse = divide(127.0f, alive ? amax : 1.0f);  // no branch around it, so that it overlaps with what is beside it
@@ -321,7 +332,7 @@ template <int COPIES, int COPY_BYTES> DEVICE void store_digits(u8* vector, int i
     mine = (quad & 1) ? other | (mine << 16) : mine | (other << 16);
     other = __shfl_xor_sync(FULL_WARP, mine, 2);
     u32 first = (quad & 2) ? other : mine, second = (quad & 2) ? mine : other;
-    u8* const block = vector + (index >> 8) * DIGITS_BLOCK;
+    u8* const block = vector + (index >> 8) * ACTIVATION_BLOCK;
     u32* const words = (u32*)(block + (group * 8 + ((index >> 2) & 3)) * 16) + chunk;
     float2* const factor = (float2*)(block + 512) + group * 4 + chunk;
     float scale = alive ? amax * (1.0f / 32258.0f) : 0.0f;

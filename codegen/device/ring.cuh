@@ -17,13 +17,13 @@ template <int DEPTH, int READERS> struct Ring {
     DEVICE void open(u64* barriers, int stage) { barriers[stage] = barriers[DEPTH + stage] = 0; }
     DEVICE void fill(u64* barriers, int stage, u8* target, const u8* source, int bytes, int) { host::bulk_issue(barriers + stage, target, source, bytes); }
     DEVICE void pace(u64*, int) {}
-    DEVICE void wait(u64* barriers, int stage, int turn) { host::bulk_wait(barriers + stage, turn); }
+    DEVICE void wait(u64* barriers, int stage, int phase) { host::bulk_wait(barriers + stage, phase); }
     DEVICE void give_back(u64* barriers, int stage, int lane) {
         host::warp_barrier();
         if (lane == 0) host::stage_read(barriers + DEPTH + stage, READERS);
     }
-    DEVICE void wait_until_read(u64* barriers, int stage, int turn, u8* target, int bytes) {
-        host::stage_free(barriers + DEPTH + stage, turn, target, bytes);
+    DEVICE void wait_until_read(u64* barriers, int stage, int phase, u8* target, int bytes) {
+        host::stage_free(barriers + DEPTH + stage, phase, target, bytes);
     }
     DEVICE void fetch(u8* target, const u8* source, int bytes, int lane) {
         for (int at = lane * 16; at < bytes; at += 512) *(uint4*)(target + at) = *(const uint4*)(source + at);
@@ -32,12 +32,12 @@ template <int DEPTH, int READERS> struct Ring {
 };
 #elif __CUDA_ARCH__ >= 900
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE void wait_at_barrier(const u64* barrier, int turn) {
+DEVICE void wait_at_barrier(const u64* barrier, int phase) {
     u32 address = shared_address(barrier), done = 0;
     while (!done)
         asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                      : "=r"(done)
-                     : "r"(address), "r"(turn & 1)
+                     : "r"(address), "r"(phase & 1)
                      : "memory");
 }
 template <int DEPTH, int READERS> struct Ring {
@@ -67,12 +67,12 @@ template <int DEPTH, int READERS> struct Ring {
         for (int tries = 0; !done && tries < 200; tries++)
             asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(barrier) : "memory");
     }
-    DEVICE void wait(u64* barriers, int stage, int turn) { wait_at_barrier(barriers + stage, turn); }
+    DEVICE void wait(u64* barriers, int stage, int phase) { wait_at_barrier(barriers + stage, phase); }
     DEVICE void give_back(u64* barriers, int stage, int lane) {
         __syncwarp();
         if (lane == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barriers + DEPTH + stage)) : "memory");
     }
-    DEVICE void wait_until_read(u64* barriers, int stage, int turn, u8*, int) { wait_at_barrier(barriers + DEPTH + stage, turn); }
+    DEVICE void wait_until_read(u64* barriers, int stage, int phase, u8*, int) { wait_at_barrier(barriers + DEPTH + stage, phase); }
 };
 #else
 template <int DEPTH, int> struct Ring {

@@ -30,7 +30,7 @@ DEVICE void prefetch(const void*, int) {}
 // ---------------------------------------------------------------------------------------------------------
 
 // Where column i of a vector stands, so that lane (g, t) reads what it gives to the products of 32 columns in one piece.
-DEVICE int column_place(int i) { return (i & ~31) | (i & 6) << 2 | (i & 16) >> 2 | (i & 8) >> 2 | (i & 1); }
+DEVICE int column_index(int i) { return (i & ~31) | (i & 6) << 2 | (i & 16) >> 2 | (i & 8) >> 2 | (i & 1); }
 
 // Both halves of one number.
 DEVICE u32 both_halves(float value) {

@@ -21,6 +21,10 @@ from .yaml_nodes import Item, read_document
 REQUIRED = ("architecture", "sizes", "weights", "state", *SECTIONS)
 OPTIONAL = ("refused", "checks", "expected", "variants", "constants")
 REQUIRED_SIZES = ("layers", "context")
+GIVEN_SIZES = (
+    "rows",
+    "max_sequences",
+)  # by whoever makes a step: its rows, and how many sequences have caches and logs
 WEIGHT_FORM = re.compile(r"(?P<tensor>\S+) \[(?P<shape>[^\]]+)\](?: or (?P<otherwise>\w+))?")
 HELD_FORM = re.compile(r"(?P<dtype>\w+)\[(?P<shape>[^\]]+)\]")
 NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
@@ -180,7 +184,7 @@ def _statements(part: Item) -> tuple[Statement, ...]:
 
 def _check_sizes(spec: ModelSpec, part: Item) -> None:
     """Every expression reads sizes that stand above it (shapes and checks: any size)."""
-    known: set[str] = set()
+    known = set(GIVEN_SIZES)
     weights = {weight.name for weight in spec.weights}
     optional = spec.optional_sizes
     for size in spec.sizes:

@@ -1,4 +1,4 @@
-"""A model spec, what binding it to a file gives, and the decode step as a graph."""
+"""A model spec, what binding it to a file gives, and its step over any number of rows as a graph."""
 
 from __future__ import annotations
 
@@ -54,12 +54,13 @@ class ModelSpec:
         tensors: Mapping[str, TensorType],
         ctx: int | None,
         kv_type: str = CACHE_DTYPES[0],
+        max_sequences: int = 1,
     ) -> Binding:
         """Takes sizes and tensors from a file's header.
 
         metadata: GGUF keys to Python values. tensors: names to types, shapes as [rows, columns].
         ctx: positions that the caches hold; None: the model's context or 4096, the smaller one.
-        kv_type: element type of the caches, of `types.CACHE_DTYPES`.
+        kv_type: element type of the caches, of `types.CACHE_DTYPES`. max_sequences: whose caches and logs there are.
         UnsupportedModelError: another architecture, an element type without kernels, a rope
         scaling or a tensor that the spec does not know. ModelFileError: a key or tensor that is
         missing or does not fit. UsageError: a ctx below 1 or above the model's context, an unknown kv_type.
@@ -86,6 +87,7 @@ class ModelSpec:
             if not evaluate(text, sizes):
                 read = ", ".join(f"{name} is {sizes[name]}" for name in sorted(names_in(text)))
                 raise UnsupportedModelError(f"the sizes do not fit ({read}): {meaning} ({origin})")
+        sizes["max_sequences"] = max_sequences
         limit = int(sizes["context"])
         sizes["context"] = checked_context(ctx, limit)
         names = self._tensor_names(tensors, int(sizes["layers"]))
@@ -136,13 +138,13 @@ class ModelSpec:
                 found[weight.name, layer] = name
         return found
 
-    def graph(self, binding: Binding, outputs: Sequence[str] = ()) -> Graph:
-        """The decode step, one node an op line and layer.
+    def graph(self, binding: Binding, outputs: Sequence[str] = (), rows: int = 1) -> Graph:
+        """A step over so many rows, one node an op line and layer.
 
         outputs: names of values at the step's end that the host may read beside the states
         (`logits`); UsageError names one that the step does not compute.
         """
-        return _Builder(self, binding).build(outputs)
+        return _Builder(self, binding, rows).build(outputs)
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ class _Builder:
 
     spec: ModelSpec
     binding: Binding
+    rows: int
     nodes: list[Node] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     known: dict[str, Value] = field(default_factory=dict)
@@ -230,7 +233,7 @@ class _Builder:
         rest = []
         for kind, item in held:
             dtype = self.binding.kv_type if item.dtype == CACHE else item.dtype
-            type_ = TensorType(dtype, item.shape.bind(self.binding.sizes))
+            type_ = TensorType(dtype, item.shape.bind({**self.binding.sizes, "rows": self.rows}))
             each: Sequence[int | None] = range(self.binding.layers) if item.per_layer else (None,)
             rest += [Param(kind, Value(item.param_name(layer), type_)) for layer in each]
         return (*weights, *rest)

@@ -29,7 +29,7 @@ _GPU_FIELDS = (
     "memory.used",
     "persistence_mode",
 )
-_PACKAGES = ("cuda-bindings", "cuda-core", "nvidia-cuda-nvrtc", "numpy", "gguf", "tokenizers")
+_PACKAGES = ("cuda-bindings", "nvidia-cuda-nvrtc", "numpy", "gguf", "tokenizers")
 
 
 class GpuSnapshot:

@@ -19,6 +19,7 @@ import numpy as np
 from ..build import Model
 from ..gpu_start import GPU_BACKENDS, GpuStart
 from ..ir.errors import UnsupportedModelError, UsageError
+from ..ir.program import PREFILL
 from ..medpsy.artifact import admit_file, artifact_record, check_model_size
 from ..medpsy.policy import Admission
 from ..options import Filling, Progress, SessionOptions
@@ -181,7 +182,8 @@ def run_bench(
     """The report of a benchmark, as `report.build_report` makes it; nothing is written.
 
     preparing: options of `prepared`. profile: time every kernel of the step too. prompt_tokens: measure how fast a
-    prompt of so many tokens goes in too, 0 for no. on_run(runs done, runs in all); on_prompt: see `prompt_record`.
+    prompt of so many tokens goes in too, 0 for no; with `profile` the kernels of its first chunk as well.
+    on_run(runs done, runs in all); on_prompt: see `prompt_record`.
     """
     preparing |= {"extra_positions": POSITIONS if profile else 0, "prompt_tokens": prompt_tokens}
     with prepared(path, work, options, **preparing) as bench:
@@ -262,6 +264,10 @@ def measure(
     if profile:
         found = kernel_times(session, work, bandwidth)
         kernels, timings["profile"] = found.kernels(), found.summary()
+        chunk = chunk_kernel_times(session, prompt_tokens, bandwidth)
+        if chunk is not None:
+            kernels += chunk.kernels()
+            timings["prompt"]["profile"] = chunk.summary()
     return build_report(
         model_path=str(session.model.file.path),
         model_size=model_size,
@@ -429,7 +435,7 @@ def bytes_per_token(session: Session, work: Work) -> float:
         size = np.dtype(getattr(session.engine, "dtype", np.float64)).itemsize
         matrices = sum(p.type.size for p in session.graph.params if p.kind == "weight" and len(p.type.shape) == 2)
         return float(matrices * size)
-    cache = sum(launch.cache_bytes_per_position for launch in program.launches)
+    cache = sum(launch.cache_bytes_per_position for launch in program.step().kernels)
     return program.weight_bytes_per_token + cache * work.mean_position
 
 
@@ -450,12 +456,29 @@ def kernel_times(session: Session, work: Work, bandwidth: dict[str, float] | Non
     """Every kernel of the step at the runs' mean position (`profile`); UsageError where no kernels run."""
     from ..runtime.engine import Engine
 
-    engine, program = session.engine, session.program
-    if program is None or not isinstance(engine, Engine):
+    engine = session.engine
+    if not isinstance(engine, Engine):
         raise UsageError("--profile: the backend cpu runs no kernels; take cuda, or host to try it out")
-    read = 1e9 * bandwidth["read_bandwidth_gb_s"] if bandwidth else None
     ids = filler_ids(min(int(work.mean_position) or 1, engine.context - POSITIONS), session.vocabulary)
-    return measure_profile(engine, str(program.notes["arch"]), ids, read)
+    return measure_profile(engine, str(engine.program.notes["arch"]), ids, _read_bandwidth(bandwidth))
+
+
+def chunk_kernel_times(session: Session, tokens: int, bandwidth: dict[str, float] | None) -> Profile | None:
+    """Every kernel of a prompt's first chunk; None for a prompt that does not go in by chunks."""
+    from ..runtime.engine import FEWEST, Engine
+
+    engine = session.engine
+    if tokens <= FEWEST or not isinstance(engine, Engine) or not engine.prepare_prefill():
+        return None
+    chunk = min(tokens, engine.program.step(PREFILL).rows)
+    ids = filler_ids(chunk, session.vocabulary)
+    arch = str(engine.program.notes["arch"])
+    return measure_profile(engine, arch, ids, _read_bandwidth(bandwidth), chunk=chunk)
+
+
+def _read_bandwidth(bandwidth: dict[str, float] | None) -> float | None:
+    """Bytes a second of a roofline."""
+    return 1e9 * bandwidth["read_bandwidth_gb_s"] if bandwidth else None
 
 
 def environment(session: Session, snapshot: GpuSnapshot | None) -> dict[str, Any]:

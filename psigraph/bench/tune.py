@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codegen.emit_product import PRODUCTS
-from ..codegen.lower import lower, product_class
-from ..codegen.shapes import MAX_SLICE
+from ..codegen.emit.product import product_class
+from ..codegen.lower import lower
 from ..codegen.target import REGISTERS, Target, stand_in_target, target_for
+from ..codegen.tiling import MAX_SLICE
 from ..codegen.weight_types import superblocks
 from ..ir.errors import UnsupportedModelError, UsageError
 from ..ir.graph import Graph, Node
 from ..ir.program import Program
+from ..ir.verify import product_weights
 from ..runtime.cuda.compiler import CompiledKernel, compile_program
 from ..runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from ..runtime.engine import Engine
@@ -53,9 +54,8 @@ def candidates(node: Node, target: Target) -> Iterator[dict[str, int]]:
 
     Where kernels take places on the multiprocessors the ring fills its place; elsewhere its size is tried too.
     """
-    weight = next(value for value in node.ins if len(value.type.shape) == 2)
-    columns = superblocks(weight.type.shape[1])
-    limits = () if target.places else tuple(limit for limit in RING_LIMITS if limit * 1024 < target.shared_bytes)
+    columns = superblocks(product_weights(node)[0].type.shape[1])
+    limits = () if target.slots else tuple(limit for limit in RING_LIMITS if limit * 1024 < target.shared_bytes)
     for column_warps in range(1, min(columns, 24) + 1):
         if columns % column_warps or columns // column_warps > MAX_SLICE:
             continue
@@ -95,7 +95,7 @@ def tune(session: Session, target: Target, limit_s: float = LIMIT_S, report: Rep
             program = lower(graph, target, shapes)
         except UnsupportedModelError:
             return False
-        key = (tuple(kernel.text for kernel in program.kernels), tuple(x.shared_bytes for x in program.launches))
+        key = (tuple(kernel.text for kernel in program.kernels), tuple(x.shared_bytes for x in program.step().kernels))
         if key in seen:
             return False
         seen.add(key)
@@ -141,7 +141,8 @@ def launchable(program: Program, compiled: Mapping[str, CompiledKernel]) -> bool
     """Whether a block of every kernel has registers enough: a driver that has to say so leaves the step unusable."""
     return all(
         -(-compiled[launch.kernel].resources.registers // 8) * 8 * launch.block <= REGISTERS
-        for launch in program.launches
+        for step in program.steps
+        for launch in step.kernels
     )
 
 
@@ -150,10 +151,10 @@ def _classes(graph: Graph) -> list[tuple[str, Node]]:
     found: dict[str, Node] = {}
     weight: dict[str, int] = {}
     for node in graph.nodes:
-        if node.op in PRODUCTS:
+        if weights := product_weights(node):
             name = product_class(node)
             found.setdefault(name, node)
-            weight[name] = weight.get(name, 0) + sum(v.type.size for v in node.ins if len(v.type.shape) == 2)
+            weight[name] = weight.get(name, 0) + sum(value.type.size for value in weights)
     return sorted(found.items(), key=lambda item: -weight[item[0]])
 
 

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from ..bench.report import validate_report
 from ..ir.errors import UsageError
+from ..ir.program import DECODE, PREFILL
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
 from ..medpsy.policy import Admission
 from ..options import SessionOptions
@@ -40,6 +41,7 @@ Examples:
       --prompt-token-ids 151644 --max-new-tokens 512 --repeats 3 --json-out report.json
   psigraph bench --model-path qwen3-1.7b.gguf --mode forced --depth 4096 --max-new-tokens 128
   psigraph bench --model-path qwen3-1.7b.gguf --prompt-tokens 512
+  psigraph bench --model-path qwen3-1.7b.gguf --profile --prompt-tokens 512
   psigraph bench --model-path qwen3-1.7b.gguf --profile --baseline report.json
   psigraph bench --model-path qwen3-1.7b.gguf --sweep depth=0,512,1024,4096,16384 --max-new-tokens 64"""
 
@@ -82,7 +84,12 @@ Examples:
     help="Measure too how fast a prompt of N tokens goes in from position 0: time to the first token, prompt tokens a "
     "second; 0: not. Slow without a GPU; in numpy one run.",
 )
-@click.option("--profile", is_flag=True, help="Time every kernel of the step: its own time, its hand-over, its bytes.")
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Time every kernel of the step: its own time, its hand-over, its bytes; with --prompt-tokens those of the "
+    "prompt's first chunk too.",
+)
 @click.option(
     "--sweep",
     type=DEPTHS,
@@ -250,21 +257,31 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def profile_table(report: dict[str, Any]) -> str:
-    """The kernels of a step, for people; the rows add up to the step and what their stamps cost."""
-    profile = report["timings"]["profile"]
+    """The kernels of a step, and of a prompt's chunk if it was measured, for people; the rows add up to the step and
+    what their stamps cost."""
+    timings = report["timings"]
+    lines = _profile_lines(f"one step at position {timings['profile']['position']}", timings["profile"], report, DECODE)
+    prompt = timings.get("prompt", {})
+    if "profile" in prompt:
+        lines += _profile_lines(f"the first chunk of {prompt['tokens']:,} tokens", prompt["profile"], report, PREFILL)
+    return "\n".join(lines)
+
+
+def _profile_lines(what: str, profile: dict[str, Any], report: dict[str, Any], step: str) -> list[str]:
     lines = [
         "",
-        f"  one step at position {profile['position']}: {profile['step_us']:,.1f} us; "
-        f"the rows add up to {profile['rows_us']:,.1f} us",
+        f"  {what}: {profile['step_us']:,.1f} us; the rows add up to {profile['rows_us']:,.1f} us",
         f"  {'kernel':26} {'launches':>8} {'us':>9} {'own':>9} {'hand-over':>9} {'MB':>8} {'of bandwidth':>12}",
     ]
     for row in report["kernels"]:
+        if row["step"] != step:
+            continue
         share = row["share_of_read_bandwidth"]
         lines.append(
             f"  {row['name']:26} {row['launches']:8} {row['us']:9.1f} {row['own_us']:9.1f} {row['handover_us']:9.1f} "
             f"{row['bytes'] / 1e6:8.1f} " + (f"{100 * share:10.1f} %" if share is not None else f"{'-':>12}")
         )
-    return "\n".join(lines)
+    return lines
 
 
 def sweep_table(reports: list[dict[str, Any]]) -> str:

@@ -12,9 +12,10 @@ from .stages import stages
 from .tables import kernel_table, pass_table, step_line
 
 EPILOG = """\b
-DIR holds ir/NN-<pass>.txt, fused.txt, fused.dot, fused.json, kernels/*.cu, cubins/<arch>/*.cubin and program.json,
-whose `launches` are the step in order. Kernels and program of a second --arch lie in kernels/<arch>/ and
-program.<arch>.json. No weights are read and no GPU is used.
+DIR holds ir/NN-<pass>.txt, fused.txt, fused.dot and fused.json of a token's step and, in prefill/, of the one that
+takes a prompt in; kernels/*.cu, cubins/<arch>/*.cubin and program.json, whose `steps` have their `launches` in order.
+Kernels and program of a second --arch lie in kernels/<arch>/ and program.<arch>.json. No weights are read and no GPU
+is used.
 
 \b
 Examples:
@@ -63,7 +64,7 @@ def command(
         program_record,
         source_of_file,
         source_of_size,
-        stages_of,
+        staged,
         write_compilation,
     )
 
@@ -78,7 +79,7 @@ def command(
         source = source_of_size(size, quant, ctx, kv_type=kv_type)
     targets = targets or [default_target()]
     with stages() as bars:
-        compilation = compile_stages(stages_of(source, disable), targets, bars.bar("compiling kernels"))
+        compilation = compile_stages(staged(source, disable), targets, bars.bar("compiling kernels"))
     if out is not None:
         write_compilation(compilation, out)
     for built in compilation.built:

@@ -25,6 +25,7 @@ Examples:
   psigraph inspect model.gguf --stage fused --layer 0
   psigraph inspect model.gguf --stage prompt --layer 0
   psigraph inspect model.gguf --diff fuse_attention --layer 0
+  psigraph inspect model.gguf --step prefill --diff fuse_swiglu --layer 0
   psigraph inspect compiled --kernel rope_attention
   psigraph inspect model.gguf --stage fused --format dot | dot -Tsvg > fused.svg"""
 
@@ -35,7 +36,13 @@ Examples:
     "--stage",
     type=click.Choice(["model", "fused", "program", "prompt"]),
     help="model: the block as its YAML declares it; fused: after all passes; program: the launches in order; prompt: "
-    "the graph that takes in a prompt's tokens, many at once.",
+    "the same as --step prefill --stage fused.",
+)
+@click.option(
+    "--step",
+    type=click.Choice(["decode", "prefill"]),
+    help="Whose graphs, passes and launches: the step of one token, or the one that takes a prompt's tokens in. "
+    "Default: decode.",
 )
 @click.option("--after", metavar="PASS", help="The graph after this pass.")
 @click.option("--diff", metavar="PASS", help="What this pass changed, as a unified diff.")
@@ -51,6 +58,7 @@ Examples:
 def command(
     model: Path,
     stage: str | None,
+    step: str | None,
     after: str | None,
     diff: str | None,
     kernel: str | None,
@@ -76,7 +84,12 @@ def command(
     from ..inspect.compilation import gpu_target
     from ..inspect.inspection import INPUT, inspect_path
 
-    found = inspect_path(model, gpu_target(arch) if arch is not None else None, kv_type or "f16")
+    if stage == "prompt":
+        if step == "decode":
+            raise UsageError("--stage prompt is a stage of --step prefill; leave --step out")
+        stage, step = "fused", "prefill"
+    step = step or "decode"
+    found = inspect_path(model, gpu_target(arch) if arch is not None else None, kv_type or "f16", step)
     found.check_layer(layer)
     if kernel is not None:
         text = _kernel(found, kernel, layer, form)
@@ -85,30 +98,31 @@ def command(
     elif after is not None:
         text = _graph(found.graph(after), layer, form)
     elif stage == "program":
-        text = _program(found, layer, form)
+        text = _program(found, step, layer, form)
     elif stage is None and layer is None and form == "text":
-        text = _overview(found)
+        text = _overview(found, step)
     else:
         # A layer or a format alone asks for a graph: the one that kernels are made of.
-        graph = found.graph(INPUT) if stage == "model" else found.prompt if stage == "prompt" else found.fused
+        graph = found.graph(INPUT) if stage == "model" else found.fused
         text = _graph(graph, layer, form)
     click.echo(text, nl=False)
 
 
 def _graph(graph: Graph, layer: int | None, form: str) -> str:
-    from ..ir.export import to_dot, to_json
+    from ..inspect.export import to_dot, to_json
     from ..ir.text import print_graph
 
     printers = {"text": print_graph, "dot": to_dot, "json": to_json}
     return printers[form](graph, layer)
 
 
-def _program(found: Inspected, layer: int | None, form: str) -> str:
+def _program(found: Inspected, step: str, layer: int | None, form: str) -> str:
     record = found.program()
     if form == "text":
-        return f"{launch_table(record, layer)}\n{step_line(record)}\n"
+        return f"{launch_table(record, step, layer)}\n{step_line(record, step)}\n"
     if layer is not None:
-        record = {**record, "launches": [launch for launch in record["launches"] if launch["layer"] == layer]}
+        for part in record["steps"]:
+            part["launches"] = [launch for launch in part["launches"] if launch["layer"] == layer]
     return json.dumps(record, indent=1) + "\n"
 
 
@@ -120,10 +134,10 @@ def _kernel(found: Inspected, name: str, layer: int | None, form: str) -> str:
     return json.dumps({"name": name, "text": text, "launches": launches}, indent=1) + "\n"
 
 
-def _overview(found: Inspected) -> str:
+def _overview(found: Inspected, step: str) -> str:
     record = found.program()
     width = max(map(len, found.facts))
     lines = [f"{name:<{width}}  {value}" for name, value in found.facts.items()]
     lines += ["", pass_table(found.passes), "", f"{record['arch']}, {record['sm_count']} multiprocessors"]
-    lines += [kernel_table(record), step_line(record)]
+    lines += [kernel_table(record, step), step_line(record, step)]
     return "\n".join(lines) + "\n"

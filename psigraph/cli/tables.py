@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..ir.errors import UsageError
+from ..ir.program import DECODE
+
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Columns padded to their widest cell: the first `left` ones flush left, the rest, numbers, flush right."""
@@ -34,15 +37,26 @@ def pass_table(passes: Sequence[Mapping[str, Any]]) -> str:
     return text_table(("pass", "matches", "nodes", "ms"), rows)
 
 
-def kernel_table(record: Mapping[str, Any]) -> str:
+def _launches(record: Mapping[str, Any], step: str) -> list[Mapping[str, Any]]:
+    """The launches of a step of a program.json; UsageError says why the program has no such step."""
+    for found in record["steps"]:
+        if found["name"] == step:
+            return list(found["launches"])
+    raise UsageError(f"--step {step}: prompts go in {record['notes'].get(step, 'another way')}")
+
+
+def kernel_table(record: Mapping[str, Any], step: str = DECODE) -> str:
     """The kernels of a program.json: how often a step launches them and in what shape, and what they move.
 
-    Kernels that run only while weights are loaded, or to measure the memory, come last, without launches.
+    Kernels of other steps are left out; those that run only while weights are loaded, or to measure the memory, come
+    last, without launches.
     """
     resources = record.get("resources", {})
-    groups: dict[str, list[Mapping[str, Any]]] = {name: [] for name in record["kernels"]}
-    for launch in record["launches"]:
-        groups[launch["kernel"]].append(launch)
+    elsewhere = {launch.get("kernel") for other in record["steps"] for launch in other["launches"]}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for launch in _launches(record, step):
+        groups.setdefault(launch["kernel"], []).append(launch)
+    groups |= {name: [] for name in record["kernels"] if name not in elsewhere}
     rows = []
     for name, launches in groups.items():
         found = resources.get(name, {})
@@ -66,8 +80,8 @@ def kernel_table(record: Mapping[str, Any]) -> str:
     return text_table(head, rows)
 
 
-def launch_table(record: Mapping[str, Any], layer: int | None = None) -> str:
-    """The launches of a program.json in order."""
+def launch_table(record: Mapping[str, Any], step: str = DECODE, layer: int | None = None) -> str:
+    """The launches of a step of a program.json in order."""
     rows = [
         (
             str(index),
@@ -77,15 +91,15 @@ def launch_table(record: Mapping[str, Any], layer: int | None = None) -> str:
             f"{launch['shared_bytes']:,}",
             f"{launch['bytes_read'] + launch['bytes_written']:,}",
         )
-        for index, launch in enumerate(record["launches"])
+        for index, launch in enumerate(_launches(record, step))
         if layer is None or launch["layer"] == layer
     ]
     return text_table(("#", "kernel", "computes", "grid x block", "shared", "bytes"), rows, left=3)
 
 
-def step_line(record: Mapping[str, Any]) -> str:
+def step_line(record: Mapping[str, Any], step: str = DECODE) -> str:
     """How many launches a step has, and how many bytes it moves."""
-    launches = record["launches"]
+    launches = _launches(record, step)
     layers: dict[int, int] = {}
     for launch in launches:
         if launch["layer"] is not None:
@@ -93,7 +107,8 @@ def step_line(record: Mapping[str, Any]) -> str:
     read = sum(launch["bytes_read"] for launch in launches)
     per_position = sum(launch["cache_bytes_per_position"] for launch in launches)
     most = max(layers.values(), default=0)
+    what = "token" if step == DECODE else "chunk"
     return (
-        f"{len(launches)} launches a token, {most} a layer; {read / 1e6:,.1f} MB read a token, "
+        f"{len(launches)} launches a {what}, {most} a layer; {read / 1e6:,.1f} MB read a {what}, "
         f"and {per_position:,} bytes of cache for every position before it"
     )

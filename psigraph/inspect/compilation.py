@@ -2,6 +2,7 @@
 
 ir/NN-<pass>.txt          the graph after every pass, 00-input before the first
 fused.txt, .dot, .json    the graph that kernels are made of
+prefill/                  the same of the step that takes a prompt's tokens in, many at once
 kernels/<kernel>.cu       texts, with the device headers (.cuh), for the first architecture
 cubins/<arch>/            machine code, for every architecture
 program.json              launches in order, buffers, passes, resources, for the first architecture
@@ -15,17 +16,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..build import find_spec, fuse, open_model
-from ..codegen.lower import lower
+from ..codegen.lower import PREFILL_ROWS, lower
 from ..codegen.target import GPU_ARCHES, Target, target_for
-from ..ir.errors import OutputError, UsageError
-from ..ir.export import to_dot, to_json
+from ..ir.errors import OutputError, UnsupportedModelError, UsageError
 from ..ir.graph import Graph, TensorType
-from ..ir.program import Program
+from ..ir.program import DECODE, PREFILL, Program
+from ..ir.regime import Regime
 from ..ir.spec.model import Binding, ModelSpec
 from ..ir.text import print_graph
 from ..ir.types import CACHE_DTYPES
@@ -33,6 +34,7 @@ from ..passes.pipeline import PassReport
 from ..runtime.cuda.compiler import CompiledKernel, compile_program
 from ..runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from ..runtime.synth.model import synth_model
+from .export import to_dot, to_json
 
 DEFAULT_ARCH = "sm_90a"
 PROGRAM_FILE = "program.json"
@@ -48,16 +50,15 @@ class Source:
     spec: ModelSpec
     binding: Binding
 
-    def graph(self) -> Graph:
-        """The unfused decode step."""
-        return self.spec.graph(self.binding)
+    def graph(self, step: str = DECODE) -> Graph:
+        """A step, unfused."""
+        return self.spec.graph(self.binding, (), PREFILL_ROWS if step == PREFILL else 1)
 
 
 @dataclass(frozen=True)
 class Stages:
-    """Every stage of a model. graphs: (name, graph) for "input" and after each pass, in order."""
+    """Every stage of a step. graphs: (name, graph) for "input" and after each pass, in order."""
 
-    name: str
     graphs: tuple[tuple[str, Graph], ...]
     passes: tuple[PassReport, ...]
 
@@ -65,6 +66,15 @@ class Stages:
     def fused(self) -> Graph:
         """The graph that kernels are made of."""
         return self.graphs[-1][1]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """The stages of both steps of a model. name: for people."""
+
+    name: str
+    decode: Stages
+    prefill: Stages
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Built:
 class Compilation:
     """Stages, and one or more programs; the first is the one that is shown."""
 
-    stages: Stages
+    stages: Staged
     built: tuple[Built, ...]
 
 
@@ -106,11 +116,26 @@ def source_of_size(
     return Source(str(metadata["general.name"]), spec, spec.bind(metadata, types, ctx, kv_type))
 
 
-def stages_of(source: Source, disable: Sequence[str] = ()) -> Stages:
-    """The graph after every pass."""
+def stages_of(source: Source, disable: Sequence[str] = (), step: str = DECODE) -> Stages:
+    """A step's graph after every pass."""
     graphs: list[tuple[str, Graph]] = []
-    _, reports = fuse(source.graph(), disable, lambda name, graph: graphs.append((name, graph)))
-    return Stages(source.name, tuple(graphs), reports)
+    regime = Regime.MANY if step == PREFILL else Regime.STEP
+    _, reports = fuse(source.graph(step), disable, lambda name, graph: graphs.append((name, graph)), regime)
+    return Stages(tuple(graphs), reports)
+
+
+def staged(source: Source, disable: Sequence[str] = ()) -> Staged:
+    """Both steps of a model."""
+    return Staged(source.name, stages_of(source, disable), stages_of(source, disable, PREFILL))
+
+
+def program_of(stages: Staged, target: Target) -> Program:
+    """The Program of both steps, a prompt's by own kernels; where it has none, `notes["prefill"]` says why."""
+    program = lower(stages.decode.fused, target)
+    try:
+        return lower(stages.prefill.fused, target, regime=Regime.MANY, name=PREFILL, beside=program)
+    except UnsupportedModelError as error:
+        return replace(program, notes={**program.notes, "prefill": f"token by token: {error}"})
 
 
 def gpu_target(arch: str) -> Target:
@@ -127,9 +152,9 @@ def default_target() -> Target:
     return present_target() or target_for(DEFAULT_ARCH)
 
 
-def compile_stages(stages: Stages, targets: Sequence[Target], progress: Progress | None = None) -> Compilation:
+def compile_stages(stages: Staged, targets: Sequence[Target], progress: Progress | None = None) -> Compilation:
     """Machine code for every target, through the kernel cache. progress(kernels compiled, kernels in all)."""
-    programs = [lower(stages.fused, target) for target in targets]
+    programs = [program_of(stages, target) for target in targets]
     total = sum(len(program.kernels) for program in programs)
     cache = KernelCache(default_cache_dir())
     built: list[Built] = []
@@ -145,14 +170,15 @@ def compile_stages(stages: Stages, targets: Sequence[Target], progress: Progress
     return Compilation(stages, tuple(built))
 
 
-def program_record(stages: Stages, built: Built) -> dict[str, Any]:
+def program_record(stages: Staged, built: Built) -> dict[str, Any]:
     """The content of program.json."""
     record: dict[str, Any] = json.loads(built.program.to_json())
     return {
         **record,
         "model": stages.name,
         "arch": built.arch,
-        "passes": [asdict(report) for report in stages.passes],
+        "passes": [asdict(report) for report in stages.decode.passes],
+        "prefill_passes": [asdict(report) for report in stages.prefill.passes],
         "resources": {name: asdict(kernel.resources) for name, kernel in built.compiled.items()},
     }
 
@@ -193,12 +219,13 @@ def check_folder(out: Path) -> None:
 
 def _write_all(compilation: Compilation, folder: Path) -> None:
     stages = compilation.stages
-    (folder / "ir").mkdir()
-    for number, (name, graph) in enumerate(stages.graphs):
-        _write(folder / "ir" / f"{number:02}-{name}.txt", print_graph(graph))
-    _write(folder / "fused.txt", print_graph(stages.fused))
-    _write(folder / "fused.dot", to_dot(stages.fused))
-    _write(folder / "fused.json", to_json(stages.fused))
+    for place, step in ((folder, stages.decode), (folder / PREFILL, stages.prefill)):
+        (place / "ir").mkdir(parents=True)
+        for number, (name, graph) in enumerate(step.graphs):
+            _write(place / "ir" / f"{number:02}-{name}.txt", print_graph(graph))
+        _write(place / "fused.txt", print_graph(step.fused))
+        _write(place / "fused.dot", to_dot(step.fused))
+        _write(place / "fused.json", to_json(step.fused))
     for index, built in enumerate(compilation.built):
         kernels = folder / "kernels" if index == 0 else folder / "kernels" / built.arch
         kernels.mkdir(parents=True)

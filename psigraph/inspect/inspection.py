@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,22 +11,28 @@ from typing import Any
 
 from ..build import Model, open_model
 from ..codegen.cache_types import CACHE_TYPES
-from ..codegen.lower import lower
-from ..codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
-from ..codegen.target import Target, target_for
+from ..codegen.target import Target
 from ..ir.errors import ModelFileError, UsageError
 from ..ir.graph import Graph, layer_of
-from ..ir.program import Program
+from ..ir.program import DECODE, PREFILL
 from ..ir.text import parse_graph, print_graph
 from ..ir.types import CACHE_DTYPES
 from ..json_file import read_json
 from ..medpsy.artifact import artifact_record, model_size, tensor_types
 from ..medpsy.policy import tier_of
-from ..passes.prefill import prefill_graph
-from .compilation import PROGRAM_FILE, Built, Source, default_target, program_record, stages_of
+from .compilation import (
+    PROGRAM_FILE,
+    Built,
+    Source,
+    Staged,
+    default_target,
+    program_of,
+    program_record,
+    stages_of,
+)
+from .picture import identical_layers, longest_chain
 
 INPUT = "input"
-PREFILL = "prefill_"
 _GRAPH_FILE = re.compile(r"(\d{2,})-(\w+)\.txt")
 
 
@@ -60,11 +65,6 @@ class Inspected:
         """The graph after the last pass."""
         return self.graph(self._names[-1])
 
-    @property
-    def prompt(self) -> Graph:
-        """The graph that takes a chunk of a prompt in."""
-        return prefill_graph(self.graph(INPUT), CHUNK_TOKENS)
-
     def before(self, stage: str) -> str:
         """The stage that a pass works on."""
         self.graph(stage)
@@ -83,14 +83,10 @@ class Inspected:
         """The content of program.json."""
         return self._program()
 
-    def prompt_program(self) -> Program:
-        """What takes a chunk of a prompt in, by own kernels."""
-        return lower_prefill(self.prompt, target_for(self.program()["arch"]))
-
     def launches(self, name: str, layer: int | None = None) -> list[dict[str, Any]]:
         """The launches of a kernel, in order; UsageError if it has none in that layer."""
-        record = json.loads(self.prompt_program().to_json()) if name.startswith(PREFILL) else self.program()
-        found = [launch for launch in record["launches"] if launch["kernel"] == name]
+        steps = self.program()["steps"]
+        found = [launch for step in steps for launch in step["launches"] if launch.get("kernel") == name]
         if layer is None:
             return found
         here = [launch for launch in found if launch["layer"] == layer]
@@ -101,16 +97,10 @@ class Inspected:
         return here
 
     def kernel(self, name: str) -> str:
-        """A kernel's text, a prompt's (by own kernels, `prefill_...`) too; UsageError lists the kernels."""
+        """A kernel's text; UsageError lists the kernels."""
         known = self.program()["kernels"]
-        if name.startswith(PREFILL):
-            program = self.prompt_program()
-            known = [kernel.name for kernel in program.kernels]
-            if name in known:
-                return program.kernel(name).text
         if name not in known:
-            also = "" if name.startswith(PREFILL) else f"; those of prompts begin with {PREFILL}"
-            raise UsageError(f"--kernel {name}: there is no such kernel; there are {', '.join(known)}{also}")
+            raise UsageError(f"--kernel {name}: there is no such kernel; there are {', '.join(known)}")
         return self._kernel(name)
 
     def check_layer(self, layer: int | None) -> None:
@@ -122,43 +112,72 @@ class Inspected:
             raise UsageError(f"--layer {layer}: the model has layers 0 to {last}")
 
 
-def inspect_path(path: Path, target: Target | None = None, kv_type: str = CACHE_DTYPES[0]) -> Inspected:
+def inspect_path(
+    path: Path, target: Target | None = None, kv_type: str = CACHE_DTYPES[0], step: str = DECODE
+) -> Inspected:
     """A model file, or a folder that `psigraph compile` wrote.
 
     target: for what a model file's kernels are written; None: this machine's GPU, or sm_90a. kv_type: the type of its
-    KV cache.
+    KV cache. step: whose graphs and passes are looked at; the program has both steps.
     """
-    return _folder(path) if path.is_dir() else _file(path, target, kv_type)
+    return _folder(path, step) if path.is_dir() else _file(path, target, kv_type, step)
 
 
-def _file(path: Path, target: Target | None, kv_type: str) -> Inspected:
+def _file(path: Path, target: Target | None, kv_type: str, step: str) -> Inspected:
     with open_model(path, kv_type=kv_type) as model:
-        stages = stages_of(Source(path.name, model.spec, model.binding))
+        source = Source(path.name, model.spec, model.binding)
+        stages = stages_of(source, step=step)
         facts = _model_facts(model)
     graphs = dict(stages.graphs)
+    facts["layers"] = _alike(stages.fused)
+    facts["longest chain"] = f"{len(longest_chain(stages.fused))} of {len(stages.fused.nodes)} nodes"
+    both: list[Staged] = []
     built: list[Built] = []
 
     def program() -> Built:
         if not built:
             chosen = target or default_target()
-            built.append(Built(chosen.arch, lower(stages.fused, chosen), {}))
+            other = stages_of(source, step=PREFILL if step == DECODE else DECODE)
+            both.append(Staged(path.name, *((stages, other) if step == DECODE else (other, stages))))
+            built.append(Built(chosen.arch, program_of(both[0], chosen), {}))
         return built[0]
+
+    def record() -> dict[str, Any]:
+        made = program()
+        return program_record(both[0], made)
 
     return Inspected(
         name=path.name,
         facts=facts,
         _names=tuple(graphs),
         _graph=lambda stage: graphs[stage],
-        _program=lambda: program_record(stages, program()),
+        _program=record,
         _kernel=lambda name: program().program.kernel(name).text,
         passes=[asdict(report) for report in stages.passes],
     )
 
 
+def _alike(graph: Graph) -> str:
+    """Which layers do the same, in words."""
+    groups = identical_layers(graph)
+    return "; ".join(f"{len(group)} alike: {_ranges(group)}" for group in groups) or "none"
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """`0-3, 7, 9-11`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
 def cache_bytes(graph: Graph) -> int:
     """Bytes that one position takes in all of a step's caches."""
-    caches = [param.type for param in graph.params if param.kind == "state" and len(param.type.shape) == 3]
-    return sum(type_.shape[0] * CACHE_TYPES[type_.dtype].position_bytes(type_.shape[2]) for type_ in caches)
+    caches = [param.type for param in graph.params if param.kind == "state" and len(param.type.shape) == 4]
+    return sum(type_.shape[1] * CACHE_TYPES[type_.dtype].position_bytes(type_.shape[3]) for type_ in caches)
 
 
 def _model_facts(model: Model) -> dict[str, str]:
@@ -176,19 +195,20 @@ def _model_facts(model: Model) -> dict[str, str]:
     }
 
 
-def _folder(path: Path) -> Inspected:
+def _folder(path: Path, step: str) -> Inspected:
     if not (path / PROGRAM_FILE).is_file():
         raise ModelFileError("is neither a model file nor a folder that psigraph compile wrote", str(path))
     record = read_json(path / PROGRAM_FILE)
+    place = path if step == DECODE else path / step
     try:
         files = sorted(
             (int(match[1]), match[2], found)
-            for found in (path / "ir").iterdir()
+            for found in (place / "ir").iterdir()
             if (match := _GRAPH_FILE.fullmatch(found.name))
         )
     except OSError as error:
-        raise UsageError(f"{path}/ir: cannot be read: {error.strerror}; compile the model again") from None
-    missing = [key for key in ("kernels", "launches", "passes", "model", "arch") if key not in record]
+        raise UsageError(f"{place}/ir: cannot be read: {error.strerror}; compile the model again") from None
+    missing = [key for key in ("kernels", "steps", "passes", "prefill_passes", "model", "arch") if key not in record]
     if missing or not files:
         what = f"{PROGRAM_FILE}: {missing[0]} is missing" if missing else "ir/: holds no graph"
         raise UsageError(f"{path}/{what}; compile the model again")
@@ -204,7 +224,7 @@ def _folder(path: Path) -> Inspected:
         _graph=graph,
         _program=lambda: record,
         _kernel=lambda name: _read(path / "kernels" / f"{name}.cu"),
-        passes=record["passes"],
+        passes=record["passes" if step == DECODE else "prefill_passes"],
     )
 
 

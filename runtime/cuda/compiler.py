@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ...ir.program import Program
 from . import nvrtc
@@ -28,9 +29,14 @@ class CompiledKernel:
 
 
 def compile_program(
-    program: Program, arch: str, cache: KernelCache, progress: Progress | None = None
+    program: Program,
+    arch: str,
+    cache: KernelCache,
+    progress: Progress | None = None,
+    known: Mapping[str, CompiledKernel] = MappingProxyType({}),
 ) -> dict[str, CompiledKernel]:
-    """Every kernel by name. arch: as NVRTC names it, or `host` for the CPU target."""
+    """Every kernel by name. arch: as NVRTC names it, or `host` for the CPU target. known: kernels of the program that
+    are compiled already."""
     compiler, version, stop = _compiler(program, arch)
     headers = hashlib.sha256(json.dumps(dict(program.headers), sort_keys=True).encode()).hexdigest()
 
@@ -51,11 +57,11 @@ def compile_program(
         cache.put(key, image, resources)
         return CompiledKernel(name, image, resources, cached=False)
 
-    compiled: dict[str, CompiledKernel] = {}
+    compiled = dict(known)
     futures: list[Future[CompiledKernel]] = []
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         try:
-            futures.extend(pool.submit(one, kernel.name) for kernel in program.kernels)
+            futures.extend(pool.submit(one, kernel.name) for kernel in program.kernels if kernel.name not in known)
             for future in futures:
                 # In short waits: a Ctrl-C whose signal another thread took is only seen by a main thread that wakes up.
                 while not future.done():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...ir.errors import DeviceError, UnsupportedModelError
-from ..prefill import Library
+from ..library import Library
 from .driver import Driver
 
 WORKSPACE_BYTES = 32 << 20
@@ -60,7 +60,7 @@ class _Shape:
 
 
 class Cublas:
-    """`runtime.prefill.Library` over cuBLASLt. DeviceError if a call fails; UnsupportedModelError for a shape without
+    """`runtime.library.Library` over cuBLASLt. DeviceError if a call fails; UnsupportedModelError for a shape without
     an algorithm."""
 
     def __init__(self, driver: Driver, library: Any, name: str) -> None:
@@ -126,7 +126,7 @@ class Cublas:
     def product(
         self, w: int, x: int, c: int, y: int, rows: int, tokens: int, columns: int, add: bool, up: int, stream: Any
     ) -> None:
-        """See `runtime.prefill.Library`."""
+        """See `runtime.library.Library`."""
         shape = self._shapes[rows, tokens, columns]
         of_w, of_x, of_y = shape.layouts
         alpha, beta = ctypes.c_float(2.0**up), ctypes.c_float(1.0 if add else 0.0)

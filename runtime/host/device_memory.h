@@ -55,14 +55,14 @@ static inline void bulk_issue(unsigned long long* barrier, void* to, const void*
     *barrier |= (unsigned long long)(slot + 1) << 32;
     wake_pollers(block);
 }
-// mbarrier.try_wait.parity until it succeeds: phase `turn` of this barrier has completed.
-static inline void bulk_wait(unsigned long long* barrier, int turn) {
+// mbarrier.try_wait.parity until it succeeds: `phase` of this barrier has completed.
+static inline void bulk_wait(unsigned long long* barrier, int phase) {
     HOST_WATCH(WatchAs as(WATCH_ATOMIC));
     unsigned phases, slot;
     for (;;) {
         phases = (unsigned)*barrier;
         slot = (unsigned)(*barrier >> 32);
-        if ((phases ^ turn) & 1) return;
+        if ((phases ^ phase) & 1) return;
         if (slot) break;
         poll();
     }
@@ -74,7 +74,7 @@ static inline void bulk_wait(unsigned long long* barrier, int turn) {
     *barrier = phases + 1;
 }
 
-// mbarrier.arrive at a barrier of `readers` arrivals a phase, and the wait for phase `turn` of it: a stage at `to` has
+// mbarrier.arrive at a barrier of `readers` arrivals a phase, and the wait for `phase` of it: a stage at `to` has
 // been read by all of them. The barrier's upper half counts the arrivals.
 static inline void stage_read(unsigned long long* barrier, unsigned readers) {
     HOST_WATCH(WatchAs as(WATCH_ATOMIC));
@@ -83,9 +83,9 @@ static inline void stage_read(unsigned long long* barrier, unsigned readers) {
     *barrier = (unsigned)*barrier + 1;
     wake_pollers(*self->block);
 }
-static inline void stage_free(unsigned long long* barrier, int turn, void* to, int bytes) {
+static inline void stage_free(unsigned long long* barrier, int phase, void* to, int bytes) {
     HOST_WATCH(WatchAs as(WATCH_ATOMIC));
-    while (!(((unsigned)*barrier ^ turn) & 1)) poll();
+    while (!(((unsigned)*barrier ^ phase) & 1)) poll();
     HOST_WATCH(watch_arrived(to, bytes));
     (void)to, (void)bytes;
 }

@@ -80,7 +80,7 @@ for part in $parts; do
         file=$(model 1.7b q4_k_m)
         LINES_SHOWN=8 run prefill "$python" "$here/scripts/gpu/prefill.py" --model "$file"
         for way in own library; do # the second one fails where cuBLASLt is not installed
-            bench "prompt-512-$way" "$file" --prompt-tokens 512 --prefill "$way" --max-new-tokens 64
+            bench "prompt-512-$way" "$file" --prompt-tokens 512 --prefill "$way" --max-new-tokens 64 --profile
         done
         ;;
     text)
@@ -98,7 +98,8 @@ for part in $parts; do
         bench decode-1.7b-q8_0 "$(model 1.7b q8_0)"
         ;;
     ablate)
-        run ablate "${psigraph[@]}" ablate "$(model 1.7b q4_k_m)" --backend cuda --json-out "$out/ablation-1.7b-q4_k_m.json"
+        run ablate "${psigraph[@]}" ablate "$(model 1.7b q4_k_m)" --backend cuda --prompt-tokens 512 \
+            --json-out "$out/ablation-1.7b-q4_k_m.json"
         ;;
     compare)
         if [ -n "${LLAMA_BENCH:-}" ]; then

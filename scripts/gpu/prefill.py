@@ -9,23 +9,22 @@ mistake in the numbers ends it with status 1, after the table.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from psigraph.ir.errors import PsigraphError
-from psigraph.ir.program import LIBRARY_PRODUCT, Launch
+from psigraph.ir.program import PREFILL, Launch, LibraryProduct, Step
 from psigraph.options import SessionOptions
 from psigraph.runtime.engine import Engine
-from psigraph.runtime.prefill import Prefill
+from psigraph.runtime.measuring import step_times
+from psigraph.runtime.program import captured
 from psigraph.runtime.synth.model import write_synth
 from psigraph.session import Session, open_session
 
@@ -93,56 +92,47 @@ def numbers(quant: str, ways: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def milliseconds(engine: Engine, queue: Callable[[], object], repeats: int = REPEATS) -> float:
-    """GPU milliseconds of what a function queues, median of repeats."""
-    begin, done = engine.driver.call("cuEventCreate", 0), engine.driver.call("cuEventCreate", 0)
-    found = []
-    for _ in range(repeats + 2):
-        engine.guard("cuEventRecord", begin, engine.stream)
-        queue()
-        engine.guard("cuEventRecord", done, engine.stream)
-        engine.guard("cuEventSynchronize", done)
-        found.append(float(engine.guard("cuEventElapsedTime", begin, done)))
-    for event in (begin, done):
-        engine.driver.call("cuEventDestroy", event)
-    return statistics.median(found[2:])
-
-
-def alone(engine: Engine, prefill: Prefill, launch: Launch) -> float:
+def alone(engine: Engine, launch: Launch | LibraryProduct) -> float:
     """Milliseconds of a launch among copies of itself, in a graph: what it takes without a cold start."""
-    copies = 20
+    copies, stream = 20, engine.stream
 
     def launch_all() -> None:
         for _ in range(copies):
-            prefill.launch(launch)
+            engine.launch(launch)
 
-    graph, executable = engine.captured(launch_all)
+    graph, executable = captured(stream, launch_all)
     try:
-        return milliseconds(engine, lambda: engine.guard("cuGraphLaunch", executable, engine.stream), 5) / copies
+        times = step_times(stream, lambda: stream.call("cuGraphLaunch", executable, stream.handle), 7)[2:]
+        return float(np.median(times)) / 1e3 / copies
     finally:
         engine.driver.call("cuGraphExecDestroy", executable)
         engine.driver.call("cuGraphDestroy", graph)
 
 
-def breakdown(engine: Engine, prefill: Prefill) -> list[str]:
+def name_of(launch: Launch | LibraryProduct) -> str:
+    return launch.kernel if isinstance(launch, Launch) else "library product"
+
+
+def breakdown(engine: Engine, step: Step) -> list[str]:
     """A line a kind of launch: how many, each alone, together, and the rate of products."""
-    of = {out.name: node for node in prefill.program.graph.nodes for out in node.outs}
-    classes: dict[tuple[object, ...], list[Launch]] = {}
-    for launch in prefill.program.launches:
-        key = launch.args[4:] if launch.kernel == LIBRARY_PRODUCT else ()
-        classes.setdefault((launch.kernel, launch.grid, *key), []).append(launch)
+    of = {out.name: node for node in step.graph.nodes for out in node.outs}
+    kinds: dict[tuple[object, ...], list[Launch | LibraryProduct]] = {}
+    for launch in step.launches:
+        sizes = (launch.grid,) if isinstance(launch, Launch) else (launch.rows, launch.columns, launch.add)
+        kinds.setdefault((name_of(launch), *sizes), []).append(launch)
     lines, total = [], 0.0
-    for (kernel, *_), launches in classes.items():
-        each = alone(engine, prefill, launches[0])
+    for launches in kinds.values():
+        launch = launches[0]
+        each = alone(engine, launch)
         total += each * len(launches)
-        node = of[launches[0].nodes[0]]
-        weights = sum(value.type.size for value in node.ins if value.name.endswith(".weight"))
-        products = node.op.startswith("matvec") and (
-            kernel == LIBRARY_PRODUCT or str(kernel).startswith("prefill_matvec")
-        )
-        rate = f"{2 * weights * prefill.tokens / each / 1e9:7.0f} TFLOP/s" if products else ""
+        node, elements = of[launch.nodes[0]], 0
+        if isinstance(launch, LibraryProduct):
+            elements = launch.rows * launch.columns
+        elif launch.kernel.startswith(f"{PREFILL}_matvec") and not launch.kernel.endswith("_end"):
+            elements = sum(value.type.size for value in node.ins if value.name.endswith(".weight"))
+        rate = f"{2 * elements * step.rows / each / 1e9:7.0f} TFLOP/s" if elements else ""
         several = f"{len(launches):4} x {1e3 * each:8.1f} us = {each * len(launches):7.3f} ms"
-        lines.append(f"  {kernel!s:24} {node.op:14} {several} {rate}")
+        lines.append(f"  {name_of(launch):24} {node.op:14} {several} {rate}")
     return [*lines, f"  {'sum of kernels alone':39} {'':17} {total:9.3f} ms"]
 
 
@@ -161,28 +151,22 @@ def speed(path: Path, way: str, long: int) -> tuple[list[str], str]:
     with open_session(path, SessionOptions(BACKEND, ctx=long + 64, prefill=way)) as session:
         engine = session.engine
         assert isinstance(engine, Engine)
-        prefill = engine.prepare_prefill()
-        if prefill is None:
+        before = engine.arena_bytes
+        if not engine.prepare_prefill():
             return [f"{way}: {engine.prefill_way}"], f"{way:8} {engine.prefill_way}"
-        name = prefill.library.name if prefill.library else "own kernels"
+        step = engine.program.step(PREFILL)
+        size = (engine.arena_bytes - before) / 2**20
         ids = [int(token) for token in np.random.default_rng(1).integers(0, session.vocabulary, long)]
         short = [feed_ms(session, ids[: CHUNK + 1]) for _ in range(REPEATS + 2)][2:]
         exact = [feed_ms(session, ids[:CHUNK]) for _ in range(REPEATS)]
         whole = [feed_ms(session, ids) for _ in range(3)]
-        size, launches = prefill.device_bytes / 2**20, len(prefill.program.launches)
-        lines = [f"{way} ({name}): {size:.0f} MiB of its own, {launches} launches"]
+        lines = [f"{way} ({engine.prefill_way}): {size:.0f} MiB of its own, {len(step.launches)} launches"]
         chunks = {}
-        memory = engine.driver.host_memory(4 * CHUNK)
-        np.frombuffer(memory.view, np.int32)[:] = ids[:CHUNK]
         for position in (0, long - CHUNK):
-            session.reset()
-            queue = functools.partial(prefill.queue, memory.address, CHUNK, position, 0)
-            chunks[position] = milliseconds(engine, queue)
+            chunks[position] = float(np.median(engine.chunk_times(ids[:CHUNK], REPEATS + 2, position)[2:])) / 1e3
             lines.append(f"chunk of {CHUNK} at {position:,}: {chunks[position]:.3f} ms, as a graph; its kernels alone:")
-            lines += breakdown(engine, prefill)
-        memory.close()
-        counts = Counter(launch.kernel for launch in prefill.program.launches)
-        lines.append(f"launches: {dict(counts)}")
+            lines += breakdown(engine, step)
+        lines.append(f"launches: {dict(Counter(map(name_of, step.launches)))}")
         rate, first, all_of = 1e3 * CHUNK / chunks[0], statistics.median(exact), statistics.median(whole)
         late, once_more = chunks[long - CHUNK], statistics.median(short)
         row = (

@@ -1,5 +1,7 @@
 """Are there tests that fail when the code is wrong? `make mutants` makes the mistakes of mutants.toml, one at a time.
 
+    python scripts/mutants [WORD ...]      only those whose file or description holds every word
+
 Each is made in a temporary copy of the tree, where only the tests named beside it run. Exit status 1 if one survives,
 if a mistake's old text is not found exactly once, or if the tests fail without any mistake.
 """
@@ -79,6 +81,9 @@ def verdict(tree: Path, mutant: dict[str, str | list[str]]) -> tuple[bool, str]:
 def main() -> int:
     mutants = tomllib.loads((Path(__file__).parent / "mutants.toml").read_text())["mutant"]
     chosen = [mutant for mutant in mutants if all(word in mutant["what"] + mutant["file"] for word in sys.argv[1:])]
+    if not chosen:
+        print(f"no mistake with the words {' '.join(sys.argv[1:])}")
+        return 1
     with tempfile.TemporaryDirectory(prefix="psigraph-mutants-") as folder:
         tree = Path(folder)
         copy_tree(tree)

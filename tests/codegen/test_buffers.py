@@ -5,51 +5,51 @@ from __future__ import annotations
 import re
 
 import pytest
-from shipped import graph_of, tiny_graph
-from test_gates import FUSIONS
+from shipped import FUSIONS, graph_of, prefill_of, tiny_graph
+from signature import read, written
 
 from psigraph.codegen.lower import is_view, lower
 from psigraph.codegen.target import TARGETS, target_for
-from psigraph.ir.program import Launch, Program
+from psigraph.ir.graph import Node, Value
+from psigraph.ir.program import DECODE, PREFILL, Launch, LibraryProduct, Program
+from psigraph.ir.regime import Regime
+
+OF_A_VALUE = re.compile(r"(value|prefill)\.\d+")
 
 
-def directions(program: Program, launch: Launch) -> tuple[set[str], set[str]]:
-    """(buffers it reads, buffers it writes): `const` pointers of its kernel and the others."""
-    found = re.search(rf"\bvoid [^{{]*?\b{launch.kernel}\(([^)]*)\) {{", program.kernel(launch.kernel).text)
-    assert found, launch.kernel
-    reads, writes = set(), set()
-    for text, arg in zip(found[1].split(","), launch.args, strict=True):
-        if "*" in text:
-            (reads if text.split()[0] == "const" else writes).add(str(arg))
-    return reads, writes
+def directions(program: Program, launch: Launch | LibraryProduct) -> tuple[set[str], set[str]]:
+    """(buffers it reads, buffers it writes)."""
+    if isinstance(launch, LibraryProduct):
+        return {launch.w, launch.x} | ({launch.c} if launch.add else set()), {launch.y}
+    kernel = program.kernel(launch.kernel)
+    return {str(launch.args[i]) for i in read(kernel)}, {str(launch.args[i]) for i in written(kernel)}
 
 
-def overwritten(program: Program) -> list[str]:
-    """Reads of a value's buffer that find another value in it, as `launch: buffer`."""
-    nodes = program.graph.nodes
-    makers = {out.name: node.ins[0].name if is_view(node) else node for node in nodes for out in node.outs}
-    launch_of = {id(makers[name]): launch for launch in program.launches for name in launch.nodes}
+def overwritten(program: Program, name: str = DECODE) -> list[str]:
+    """Reads of a value's buffer that find another value in it, as `op: buffer`."""
+    step = program.step(name)
+    makers = {out.name: node for node in step.graph.nodes for out in node.outs}
 
-    def maker(name: str) -> Launch | None:
-        while isinstance(makers.get(name), str):
-            name = makers[name]
-        return launch_of.get(id(makers.get(name)))
+    def maker(value: Value) -> Node | None:
+        node = makers.get(value.name)
+        return maker(node.ins[0]) if node and is_view(node) else node
 
     wrong = []
-    last_writer: dict[str, Launch] = {}
-    for launch in program.launches:
+    last_writer: dict[str, Node] = {}
+    for launch in step.launches:
+        node = makers[launch.nodes[0]]
         reads, writes = directions(program, launch)
-        inputs = [maker(value.name) for name in launch.nodes for value in makers[name].ins]
+        inputs = [maker(value) for value in node.ins]
         known = sorted(reads & set(last_writer))
-        wrong += [f"{launch.kernel}: {b}" for b in known if b in writes or last_writer[b] not in inputs]
-        last_writer |= {name: launch for name in writes if name.startswith("value.")}
+        wrong += [f"{node.op}: {b}" for b in known if b in writes or last_writer[b] not in inputs]
+        last_writer |= {buffer: node for buffer in writes if OF_A_VALUE.fullmatch(buffer)}
     assert len(last_writer) > 1, "buffers of values were looked at"
     return wrong
 
 
 def values(program: Program) -> int:
     """How many values of the step have a buffer, if each had its own."""
-    return sum(len(node.outs) for node in program.graph.nodes if not is_view(node))
+    return sum(len(node.outs) for node in program.step().graph.nodes if not is_view(node))
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,11 @@ def test_a_published_model_shares_its_buffers():
     assert overwritten(program) == []
     buffers = [buffer for buffer in program.buffers if buffer.name.startswith("value.")]
     assert len(buffers) < values(program) / 10
+
+
+@pytest.mark.parametrize("library", [False, True])
+@pytest.mark.parametrize("disable", [(), FUSIONS], ids=["fused", "unfused"])
+def test_no_value_of_a_prompt_is_overwritten_while_somebody_reads_it(disable, library):
+    graph = prefill_of("0.6b", "q4_k_m", 3, disable=disable)
+    program = lower(graph, TARGETS["sm_90a"], regime=Regime.MANY, name=PREFILL, library=library)
+    assert overwritten(program, PREFILL) == []

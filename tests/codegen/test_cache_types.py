@@ -20,7 +20,7 @@ def test_q8_memory_there_and_back(head_dim, kv_heads, context):
     rows = np.random.default_rng(head_dim).standard_normal((kv_heads, context, head_dim)).astype(np.float32)
     integers, scales = quantize_q8(rows)
     memory = q8_memory.pack(integers, scales)
-    assert memory.nbytes == CACHE_TYPES["q8"].nbytes((kv_heads, context, head_dim))
+    assert memory.nbytes == CACHE_TYPES["q8"].nbytes((1, kv_heads, context, head_dim))
     found, factors = q8_memory.unpack(memory, kv_heads, head_dim)
     np.testing.assert_array_equal(found[:, :context], integers)
     np.testing.assert_array_equal(factors[:, :context], scales)
@@ -33,7 +33,7 @@ def test_q8_memory_there_and_back(head_dim, kv_heads, context):
 def test_halves_there_and_back(head_dim, kv_heads, context):
     rows = np.random.default_rng(head_dim).standard_normal((kv_heads, context, head_dim)).astype(np.float16)
     memory = half_memory.pack(rows)
-    assert memory.nbytes == CACHE_TYPES["f16"].nbytes((kv_heads, context, head_dim))
+    assert memory.nbytes == CACHE_TYPES["f16"].nbytes((1, kv_heads, context, head_dim))
     np.testing.assert_array_equal(half_memory.unpack(memory, kv_heads, context, head_dim), rows)
     np.testing.assert_array_equal(memory[:, 0], rows[:, 0])
 
@@ -52,8 +52,8 @@ def test_bytes_of_a_position():
     assert half.position_bytes(128) == 256
     assert q8.position_bytes(128) == 136  # 53 % of that
     assert q8.position_bytes(80) == 80 + 2 * 3
-    assert half.nbytes((8, 100, 128)) == 8 * 112 * 256  # whole tiles
-    assert q8.nbytes((8, 100, 128)) == 8 * 112 * 136
+    assert half.nbytes((1, 8, 100, 128)) == 8 * 112 * 256  # whole tiles
+    assert q8.nbytes((1, 8, 100, 128)) == 8 * 112 * 136
 
 
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))

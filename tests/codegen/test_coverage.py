@@ -1,43 +1,23 @@
-"""Nothing is left out: every op is in a test, and every line of every kernel that a model needs has been run."""
+"""Nothing is left out: every line of every kernel that a model needs has been run (`catalogue`)."""
 
 from __future__ import annotations
 
 import functools
 
 import pytest
+from attention_graphs import CASES, attention_graph, positions_of
+from attention_graphs import target_of as attention_target
+from catalogue import EVERY_FORM, MIXED, MIXED_SHAPES, PRODUCTS, SHAPE_CLASSES, product_cases, statements
 from product_graphs import overridden, product_graph, target_of
-from shipped import graph_of, one_layer_of_each, tiny_graph
-from test_attention import CASES, attention_graph, positions_of
-from test_attention import target_of as attention_target
-from test_products import EVERY_FORM, MIXED, MIXED_SHAPES
+from shipped import FUSIONS, graph_of, one_layer_of_each, tiny_graph
 
-from psigraph.codegen.catalogue import (
-    SHAPE_CLASSES,
-    VIEWS,
-    product_cases,
-    product_ops,
-    statements,
-    table_ops,
-)
 from psigraph.codegen.lower import lower
+from psigraph.codegen.occupancy import ATTENTIONS
 from psigraph.codegen.target import TARGETS, target_for
 from psigraph.codegen.weight_types import WEIGHT_TYPES
 from psigraph.ir.errors import UnsupportedModelError
-from psigraph.ir.ops import OPS
 from psigraph.ir.program import Program
-from psigraph.passes.pipeline import PIPELINE
 from psigraph.runtime.synth import model as synth
-
-VECTOR_OPS = {"rms_norm", "rms_factor", "add", "mul", "swiglu", "quantize", "merge_heads", "split_heads", "rope",
-              "cache_append", "argmax", "choose", "record", "stop_on", "advance"}  # fmt: skip
-SAMPLING_OPS = {"adjust", "draw", "draw_choose"}  # test_sampling.py
-ATTENTION_OPS = {"attention", "rope_append", "rope_attention"}
-
-
-def test_every_op_is_tested():
-    """What this folder tests, by file, is the whole op table: a new op fails here until it stands in a test."""
-    assert VECTOR_OPS | ATTENTION_OPS | SAMPLING_OPS | set(product_ops()) | set(table_ops()) == set(OPS)
-    assert set(VIEWS) <= VECTOR_OPS
 
 
 def test_every_weight_type_has_every_shape_class():
@@ -50,9 +30,10 @@ def test_every_weight_type_has_every_shape_class():
 
 def needed(program: Program) -> dict[str, frozenset[str]]:
     """Op -> statements of its kernels in the step."""
-    ops = {out.name: node.op for node in program.graph.nodes for out in node.outs}
+    step = program.step()
+    ops = {out.name: node.op for node in step.graph.nodes for out in node.outs}
     found: dict[str, frozenset[str]] = {}
-    for op, kernel in dict.fromkeys((ops[launch.nodes[0]], launch.kernel) for launch in program.launches):
+    for op, kernel in dict.fromkeys((ops[launch.nodes[0]], launch.kernel) for launch in step.kernels):
         found[op] = found.get(op, frozenset()) | statements(program.kernel(kernel).text)
     return found
 
@@ -78,11 +59,11 @@ def statements_tested() -> dict[str, frozenset[str]]:
 
 
 def assert_nothing_missing(program: Program, what: str) -> None:
-    """No statement that no test runs; the small kernels have no branches, so each is tested as it is."""
+    """No statement that no test runs; small kernels are templates without branches, so each is tested as it is."""
     missing = [
         f"{op}: {line}"
         for op, lines in needed(program).items()
-        if op in ATTENTION_OPS or op in product_ops()
+        if op in PRODUCTS or op in ATTENTIONS
         for line in sorted(lines - statements_tested().get(op, frozenset()))
     ]
     assert not missing, "\n".join([what, *missing])
@@ -109,7 +90,7 @@ def test_models_need_no_other_kernels(quant, arch):
 @pytest.mark.parametrize(("size", "quant", "arch"), [("1.7b", "q4_k_m", "sm_90a"), ("8b", "q5_k_m", "host")])
 def test_a_layer_of_each_mix_has_the_kernels_of_the_whole_model(size, quant, arch):
     whole, short = lower(graph_of(size, quant), TARGETS[arch]), lower(one_layer_of_each(size, quant), TARGETS[arch])
-    assert len(short.launches) < len(whole.launches) / 4
+    assert len(short.step().launches) < len(whole.step().launches) / 4
     assert needed(short) == needed(whole)
 
 
@@ -121,7 +102,7 @@ def test_models_with_a_q8_cache_need_no_other_kernels(arch):
             assert_nothing_missing(program, size)
 
 
-@pytest.mark.parametrize("disabled", [(), *[(step.name,) for step in PIPELINE if not step.lowering]])
+@pytest.mark.parametrize("disabled", [(), *[(name,) for name in FUSIONS]])
 @pytest.mark.parametrize("quant", ["q4_k_m", "q8_0"])
 def test_the_tiny_model_needs_no_other_kernels(quant, disabled):
     for sm_count in (3, 4, 132):

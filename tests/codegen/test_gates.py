@@ -7,39 +7,19 @@ import time
 from dataclasses import replace
 
 import pytest
-from machine_code import machine_code
-from shipped import graph_of, tiny_graph, unfused
+from machine_code import assert_gates
+from shipped import FUSIONS, graph_of, tiny_graph, unfused
 
 from psigraph.build import fuse
 from psigraph.codegen.device import device_headers
 from psigraph.codegen.lower import lower
 from psigraph.codegen.target import GPU_ARCHES, TARGETS
 from psigraph.codegen.weight_types import WEIGHT_TYPES
-from psigraph.ir.program import Program
 from psigraph.ir.text import parse_graph, print_graph
-from psigraph.passes.pipeline import PIPELINE
 from psigraph.runtime.cuda.compiler import compile_program
 from psigraph.runtime.cuda.kernel_cache import KernelCache
 
-FUSIONS = tuple(step.name for step in PIPELINE if not step.lowering)
 INCLUDE = re.compile(r"^\s*#\s*include\b[^\n]*", re.M)
-
-
-def assert_gates(program: Program, arch: str) -> None:
-    launches = {launch.kernel: launch for launch in program.launches}
-    compiled = machine_code(program, arch)
-    assert set(compiled) == {kernel.name for kernel in program.kernels}
-    for name, kernel in compiled.items():
-        resources = kernel.resources
-        what = f"{name} for {arch}: {resources}"
-        assert kernel.image[:4] == b"\x7fELF", what
-        assert resources.spill_bytes == 0, what
-        assert resources.stack_bytes == 0, what
-        assert 0 < resources.registers <= 255, what
-        if name in launches:
-            launch = launches[name]
-            assert resources.registers * launch.block <= 65536, f"{what}: {launch.block} threads have no registers"
-            assert resources.shared_bytes + launch.shared_bytes <= TARGETS[arch].shared_bytes, what
 
 
 @pytest.mark.parametrize("arch", GPU_ARCHES)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing import pack, unpack
 from run_node import driver
 from weights import any_bytes
 
 from psigraph.codegen.device import device_headers
-from psigraph.codegen.packing import pack, unpack
 from psigraph.codegen.repack import REPACK_THREADS, repack_grid, repack_kernel
 from psigraph.codegen.weight_types import WEIGHT_TYPES, padded_columns, superblocks, tiles
 from psigraph.runtime import host

@@ -1,22 +1,23 @@
-"""Kernels over a sequence: weight types x shapes x token counts, heads x positions, against float64."""
+"""Kernels over many rows: weight types x shapes x token counts, heads x positions, against float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from attention_graphs import check_rows, held, row_bound
 from bars import SUM_UNITS, UNIT, assert_close
-from prefill_graphs import CHUNK, CONTEXT, EPS, THETA, PrefillStep, heads_graph, prefill_product_graph
-from product_graphs import random_matrices
-from run_node import Arrays, same_bits
-from test_attention import check_rows, held, row_bound
-from test_products import terms
+from prefill_graphs import CHUNK, CONTEXT, EPS, THETA, heads_graph, prefill_product_graph, row_states
+from product_graphs import random_matrices, terms
+from run_node import Arrays, Step, same_bits
 
-from psigraph.codegen.prefill_lower import lower_prefill
+from psigraph.codegen.lower import lower
 from psigraph.codegen.target import target_for
 from psigraph.codegen.weight_types import WEIGHT_TYPES
-from psigraph.ir import meaning
 from psigraph.ir.errors import UnsupportedModelError
 from psigraph.ir.graph import Graph
+from psigraph.ir.ops.attention import attend, rotate
+from psigraph.ir.ops.vector import normalise
+from psigraph.ir.regime import Regime
 from psigraph.ir.text import parse_graph
 from psigraph.ir.types import FLOAT_WEIGHTS, round_q8
 
@@ -39,6 +40,17 @@ def test_every_weight_type_is_in_a_case_of_either_way():
         assert {dtype for types, *_, way in PRODUCTS for dtype in types if way == library} == set(WEIGHT_TYPES)
 
 
+def many_rows(graph: Graph, weights: Arrays, library: bool = False) -> Step:
+    return Step(graph, target_for("host"), weights, regime=Regime.MANY, library=library)
+
+
+def span(rows: int, first: int, count: int) -> Arrays:
+    """States: rows at positions from `first` on, of which `count` are there."""
+    positions = np.full(rows, -1, np.int32)
+    positions[:count] = first + np.arange(count)
+    return {"positions": positions, "count": np.array([count])}
+
+
 def rounded(x: np.ndarray) -> np.ndarray:
     """How far a half may be from x."""
     return HALF_UNIT * np.abs(x) + LEAST_HALF
@@ -57,9 +69,9 @@ def test_products(dtypes, rows, columns, library):
     states["x"][:, ::37] *= 100  # outliers
     states["x"][3] = 0
     states["x"][4] *= 1e-30
-    with PrefillStep(graph, raw, library) as step:
+    with many_rows(graph, raw, library) as step:
         for count in (1, 33, 128, 129, TOKENS):
-            states["span"] = np.array([7, count], np.int32)
+            states |= span(TOKENS, 7, count)
             got = step.run(states)
             check_products(graph, values, states, got, count, f"{'+'.join(dtypes)}, {count} tokens")
         for order in ("reverse", "shuffle"):
@@ -69,7 +81,7 @@ def test_products(dtypes, rows, columns, library):
 
 def check_products(graph: Graph, values: Arrays, states: Arrays, got: Arrays, count: int, what: str) -> None:
     x = states["x"][:count].astype(np.float64)
-    norm = meaning.normalise(x, values["norm"], EPS)
+    norm = normalise(x, values["norm"], EPS)
     assert_close(got["h"][:count], norm, rounded(norm) + 16 * UNIT * np.abs(norm), f"{what}: h")
     h = got["h"][:count].astype(np.float64)
 
@@ -82,17 +94,9 @@ def check_products(graph: Graph, values: Arrays, states: Arrays, got: Arrays, co
             size = (HALF_UNIT + ROUND) * np.abs(matrix) + LEAST_HALF
         return x @ matrix.T, np.abs(x) @ size.T
 
-    few = values["w2"].shape[0]
-    rows = values["w0"].shape[0]
-    merged = got["q"][:count]  # q, k and v lie in one row
-    assert merged.shape == (count, 2 * rows + few)
-    for name, weight, part in (
-        ("q", "w0", merged[:, :rows]),
-        ("k", "w1", merged[:, rows : 2 * rows]),
-        ("v", "w2", merged[:, 2 * rows :]),
-    ):
+    for name, weight in (("q", "w0"), ("k", "w1"), ("v", "w2")):
         want, bound = product(weight, h)
-        assert_halves_close(part, want, bound, f"{what}: {name}")
+        assert_halves_close(got[name][:count], want, bound, f"{what}: {name}")
     want, bound = product("w0", h)
     residual = states["residual"][:count].astype(np.float64)
     assert_halves_close(got["more"][:count], residual + want, bound + ROUND * np.abs(residual), f"{what}: more")
@@ -100,7 +104,7 @@ def check_products(graph: Graph, values: Arrays, states: Arrays, got: Arrays, co
     silu = gate / (1 + np.exp(-np.clip(gate, -700, 700)))
     act = silu * up
     bound = 1.1 * gate_bound * np.abs(up) + np.abs(silu) * up_bound + gate_bound * up_bound + ROUND * np.abs(act)
-    found = got["act"][:count].astype(np.float64) * 16  # stored times 2^-4
+    found = got["act"][:count].astype(np.float64)
     assert_halves_close(found, act, bound + rounded(act) + 16 * LEAST_HALF, f"{what}: act")
     if "down" in values:
         want, bound = product("down", found)
@@ -120,18 +124,18 @@ def assert_halves_close(got: np.ndarray, want: np.ndarray, bound: np.ndarray, wh
 def test_large_activations_do_not_overflow():
     """What SwiGLU makes may be larger than a half holds: it is stored times 2^-4."""
     graph = parse_graph(f"""graph large(weight %w: f16[32,64], weight %norm: f32[64], state %x: f32[8,64],
-            state %span: i32[2]) {{
+            {row_states(8)}) {{
         %h: f16[8,64] = rms_norm(%x, %norm) {{eps={EPS}}}
         %act: f16[8,32] = matvec_swiglu(%h, %w, %w)
         return h=%h, act=%act
     }}""")
     matrix = np.full((32, 64), 1, np.float16)
     raw = {"w": matrix.view(np.uint8).ravel(), "norm": np.full(64, 9, np.float32)}
-    with PrefillStep(graph, raw) as step:
-        got = step.run({"x": np.ones((8, 64)), "span": np.array([0, 8])})
+    with many_rows(graph, raw) as step:
+        got = step.run({"x": np.ones((8, 64)), **span(8, 0, 8)})
     want = float(got["h"][0, 0]) ** 2 * 64**2
     assert want > 65504
-    np.testing.assert_allclose(got["act"].astype(np.float64) * 16, want, rtol=2**-10)
+    np.testing.assert_allclose(got["act"].astype(np.float64), want, rtol=2**-10)
 
 
 # (head_dim, query heads a key/value head, key/value heads)
@@ -144,27 +148,29 @@ def test_heads(head_dim, group, kv_heads, kind):
     generator = np.random.default_rng(head_dim + group)
     norms = {name: (1 + generator.standard_normal(head_dim) / 4).astype(np.float32) for name in ("q_norm", "k_norm")}
     heads = group * kv_heads
-    with PrefillStep(heads_graph(head_dim, group, kv_heads, kind), norms) as step:
+    with many_rows(heads_graph(head_dim, group, kv_heads, kind), norms) as step:
         for first, count in ((0, 1), (0, CHUNK), (15, 2), (63, 2), (70, 33), (CONTEXT - CHUNK, CHUNK)):
             what = f"{count} tokens at {first}"
             states = {
                 "q": generator.standard_normal((CHUNK, heads * head_dim)).astype(np.float32) * 3,
                 "k": generator.standard_normal((CHUNK, kv_heads * head_dim)).astype(np.float32),
                 "v": generator.standard_normal((CHUNK, kv_heads * head_dim)).astype(np.float32),
-                "span": np.array([first, count], np.int32),
+                **span(CHUNK, first, count),
             }
             for name in ("k_cache", "v_cache"):
                 rows = generator.standard_normal((kv_heads, CONTEXT, head_dim))
-                states[name] = held(kind, rows, first)  # nobody may look at what lies behind the span
+                states[name] = held(kind, rows, first)  # nobody may look at what lies behind the chunk
             got = step.run(states)
-            check_heads(kind, norms, states, got, head_dim, what)
+            check_heads(kind, norms, states, got, (first, count), head_dim, what)
         for order in ("reverse", "shuffle"):
             again = step.run(states, order)
             assert all(same_bits(got[name], again[name]) for name in got), f"order {order} shows"
 
 
-def check_heads(kind: str, norms: Arrays, states: Arrays, got: Arrays, head_dim: int, what: str) -> None:
-    first, count = (int(n) for n in states["span"])
+def check_heads(
+    kind: str, norms: Arrays, states: Arrays, got: Arrays, rows: tuple[int, int], head_dim: int, what: str
+) -> None:
+    first, count = rows
     shape = (states["k"].shape[1] // head_dim, CONTEXT, head_dim)
     caches = {
         name: check_rows(got[name], states[name], shape, first, count, f"{what}: {name}")
@@ -175,9 +181,9 @@ def check_heads(kind: str, norms: Arrays, states: Arrays, got: Arrays, head_dim:
     outputs = got["a"].reshape(CHUNK, -1, head_dim).astype(np.float64)
     for t in range(count):
         for name, norm, found in (("q", "q_norm", turned[t]), ("k", "k_norm", caches["k_cache"][:, first + t])):
-            rows = states[name][t].astype(np.float64).reshape(-1, head_dim)
-            normed = meaning.normalise(rows, norms[norm].astype(np.float64), EPS)
-            want = meaning.rotate(normed, first + t, THETA)
+            heads = states[name][t].astype(np.float64).reshape(-1, head_dim)
+            normed = normalise(heads, norms[norm].astype(np.float64), EPS)
+            want = rotate(normed[None], np.array([first + t]), THETA)[0]
             size = np.hypot(normed[:, :half], normed[:, half:])
             error = 24 * UNIT * np.concatenate([size, size], axis=1)
             bound = error + rounded(want) if name == "q" else row_bound(kind, want, error)
@@ -187,52 +193,50 @@ def check_heads(kind: str, norms: Arrays, states: Arrays, got: Arrays, head_dim:
         np.testing.assert_array_equal(caches["v_cache"][:, first + t], value, err_msg=what)
         if t in (0, 1, count // 2, count - 1):
             keys, values, scale = caches["k_cache"], caches["v_cache"], head_dim**-0.5
-            want = meaning.attend(turned[t], keys, values, first + t, scale)
-            size = meaning.attend(turned[t], keys, np.abs(values), first + t, scale)
+            here, sequence = np.array([first + t]), np.zeros(1, np.int32)
+            want = attend(turned[t : t + 1], keys[None], values[None], here, sequence, scale)[0]
+            size = attend(turned[t : t + 1], keys[None], np.abs(values)[None], here, sequence, scale)[0]
             # Weights and results are rounded to halves; scores are sums in float32 of exact products.
             scores = np.abs(turned[t]).sum(axis=1).max() * np.nanmax(np.abs(keys.astype(np.float64))) * scale
             bound = (2 * HALF_UNIT + 4 * ROUND * (1 + scores)) * size + LEAST_HALF
             assert (np.abs(outputs[t] - want) <= bound).all(), f"{what}: attention of token {t}"
 
 
-def test_embedding_and_state():
-    """Every table type at once; the log takes the tokens, the position moves behind the span."""
+def test_embedding_and_log():
+    """Every table type at once; the log takes the tokens."""
     tables = "".join(f"weight %{dtype}: {dtype}[40,512], " for dtype in WEIGHT_TYPES)
     lines = "".join(f"%x_{dtype}: f32[70,512] = embed(%{dtype}, %tokens)\n" for dtype in WEIGHT_TYPES)
     results = "".join(f"x_{dtype}=%x_{dtype}, " for dtype in WEIGHT_TYPES)
-    graph = parse_graph(f"""graph begin({tables} state %tokens: i32[70,1], state %log: i32[99],
-            state %position: i32[1], state %span: i32[2]) {{
-        {lines} %log2: i32[99] = record(%log, %tokens, %span)
-        %position2: i32[1] = advance(%span)
-        return {results} log=%log2, position=%position2
+    graph = parse_graph(f"""graph begin({tables} state %tokens: i32[70], state %log: i32[1,99], {row_states(70)}) {{
+        {lines} %log2: i32[1,99] = record(%log, %tokens, %positions, %sequences)
+        return {results} log=%log2
     }}""")
     raw, values = random_matrices(graph)
-    tokens = np.random.default_rng(1).integers(0, 40, (70, 1)).astype(np.int32)
-    tokens[:2, 0] = (0, 39)
-    log = np.full(99, -5, np.int32)
-    with PrefillStep(graph, raw) as step:
+    tokens = np.random.default_rng(1).integers(0, 40, 70).astype(np.int32)
+    tokens[:2] = (0, 39)
+    log = np.full((1, 99), -5, np.int32)
+    with many_rows(graph, raw) as step:
         for first, count in ((0, 70), (20, 3)):
-            got = step.run({"tokens": tokens, "log": log, "span": np.array([first, count], np.int32)})
+            got = step.run({"tokens": tokens, "log": log, **span(70, first, count)})
             for dtype in WEIGHT_TYPES:
-                want = values[dtype][tokens[:count, 0]]
+                want = values[dtype][tokens[:count]]
                 assert_close(got[f"x_{dtype}"][:count], want, 4 * UNIT * terms(want, dtype), dtype)
             wanted = log.copy()
-            wanted[first : first + count] = tokens[:count, 0]
+            wanted[0, first : first + count] = tokens[:count]
             assert got["log"].tolist() == wanted.tolist()
-            assert got["position"].tolist() == [first + count]
 
 
-@pytest.mark.parametrize(
-    ("lines", "why"),
-    [
-        ("%y: f32[8,256] = matvec(%x, %w)", "%x has other readers"),
-        ("%h: f32[8,256] = rms_norm(%x, %norm) {eps=1e-6}", "kernels make halves"),
-        ("%y: f32[8,256] = add(%x, %x)", "op add has no kernel"),
-    ],
-)
-def test_what_no_kernel_supports(lines, why):
-    name = lines.split(":")[0]
-    graph = parse_graph(f"""graph odd(weight %w: q4_k[256,256], weight %norm: f32[256], state %x: f32[8,256],
-            state %span: i32[2]) {{ {lines} return y={name} }}""")
-    with pytest.raises(UnsupportedModelError, match=why):
-        lower_prefill(graph, target_for("host"))
+def refused(line: str) -> str:
+    """Why lowering for many rows refuses a node."""
+    graph = parse_graph(f"""graph odd(weight %w: q4_k[256,256], state %x: f32[8,256], state %q: f16[8,2,16],
+            state %cache: f16[1,1,32,16], {row_states(8)}) {{ {line} return y={line.split(":")[0]} }}""")
+    with pytest.raises(UnsupportedModelError) as caught:
+        lower(graph, target_for("host"), regime=Regime.MANY)
+    return str(caught.value)
+
+
+def test_what_no_kernel_supports():
+    assert refused("%y: f32[8,256] = matvec(%x, %w)").startswith("%x has other readers")
+    attention = "attention(%q, %cache, %cache, %positions, %sequences) {scale=1.0}"
+    assert refused(f"%y: f32[8,2,16] = {attention}").startswith("attention over many rows: kernels read halves and")
+    assert refused("%y: f32[8,1] = rms_factor(%x) {eps=1e-6}") == "op rms_factor has no kernel for many rows"

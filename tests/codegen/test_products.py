@@ -5,21 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from bars import SUM_UNITS, UNIT, assert_close
-from product_graphs import overridden, product_graph, random_matrices, target_of
-from run_node import Arrays, Digits, Step, same_bits
+from catalogue import EVERY_FORM, MIXED, MIXED_SHAPES, PRODUCTS, SHAPE_CLASSES, ShapeClass, product_cases
+from product_graphs import overridden, product_graph, random_matrices, target_of, terms
+from run_node import ActivationBlock, Arrays, Step, same_bits
 
-from psigraph.codegen.catalogue import SHAPE_CLASSES, ShapeClass, product_cases, product_ops
 from psigraph.ir.graph import Graph, Node
-from psigraph.ir.op import Machine
+from psigraph.ir.op import EvalContext
 from psigraph.ir.ops import OPS
-from psigraph.ir.types import INTEGER_WEIGHTS, quantize_i8x2
+from psigraph.ir.types import quantize_i8x2
+from psigraph.ir.verify import product_weights
 
-MACHINE = Machine(np.float64)
+CONTEXT = EvalContext(np.float64)
 ROUND = SUM_UNITS * UNIT
-MIXED = (("q4_k", "q6_k"), ("q4_k", "q4_k", "q6_k"), ("q5_k", "q6_k"), ("q6_k", "q8_0"), ("q8_0", "q5_k", "q4_k"),
-         ("f16", "bf16", "f32"))  # fmt: skip
-MIXED_SHAPES = (SHAPE_CLASSES[1], SHAPE_CLASSES[5])
-EVERY_FORM = ("one tile",)  # elsewhere each op once: what follows the sums does not know the shape
+STILL: Arrays = {
+    "tokens": np.zeros(1, np.int32),
+    "positions": np.zeros(1, np.int32),
+    "sequences": np.zeros(1, np.int32),
+    "stop": np.zeros(1, np.int32),
+    "log": np.zeros((1, 32), np.int32),
+    "end_tokens": np.full(8, -1, np.int32),
+}
 
 
 def inputs(kind: str, size: int, seed: int = 3) -> np.ndarray:
@@ -38,7 +43,7 @@ def inputs(kind: str, size: int, seed: int = 3) -> np.ndarray:
 
 
 def check(graph: Graph, values: Arrays, states: Arrays, got: dict, what: str, rough: bool = False) -> None:
-    """Every node's results against its meaning in float64, from the operands that the device had.
+    """Every node's results against its reference in float64, from the operands that the device had.
 
     rough: hold sums against the terms that kernels add up (see `terms`), not against abs(w x).
     """
@@ -48,12 +53,12 @@ def check(graph: Graph, values: Arrays, states: Arrays, got: dict, what: str, ro
     returned = {value.name: name for name, value in graph.results}
     for node in graph.nodes:
         label = f"{what}: {node.op} {node.out.name if len(node.outs) == 1 else node.outs[0].name}"
-        wanted = OPS[node.op].meaning(MACHINE, [known[value.name] for value in node.ins], node.attributes)
+        wanted = OPS[node.op].reference(CONTEXT, [known[value.name] for value in node.ins], node.attributes)
         known |= {value.name: array for value, array in zip(node.outs, wanted, strict=True)}
         if node.op == "quantize":
             digits = got[returned[node.out.name]]
             assert_close(digits, wanted[0], 0.0, label)
-            known[node.out.name] = digits.values
+            known[node.out.name] = digits.values[None]
             continue
         bounds = allowed(node, known, rough)
         for value, array, bound in zip(node.outs, wanted, bounds, strict=True):
@@ -62,39 +67,25 @@ def check(graph: Graph, values: Arrays, states: Arrays, got: dict, what: str, ro
             found = got[returned[value.name]]
             if value.type.dtype == "i32":
                 assert found.tolist() == array.tolist(), f"{label}: {value.name}"
-            elif value.name.startswith("y") and value.type.shape == (1,):
-                parts = found.astype(np.float64).sum()
-                factor = 1 / np.sqrt(parts / node.outs[0].type.size + node.attr("eps"))
-                np.testing.assert_allclose(factor, array[0], rtol=16 * UNIT, err_msg=label)
+            elif value.type.shape == (1, 1):  # an RMS factor
+                np.testing.assert_allclose(found, array, rtol=16 * UNIT, err_msg=label)
             else:
                 assert_close(found, array, bound, f"{label}: {value}")
-
-
-def terms(matrix: np.ndarray, dtype: str) -> np.ndarray:
-    """The magnitude of what a product adds up for each weight, at most.
-
-    A block's zero point (its minimum, or 32, or 128) is multiplied and subtracted apart, so where one activation is
-    far larger than the others, terms as large as the block's range cancel: at most three times its largest weight.
-    """
-    if dtype not in INTEGER_WEIGHTS:
-        return np.abs(matrix)
-    blocks = np.abs(matrix).reshape(matrix.shape[0], -1, 16)
-    return np.broadcast_to(3 * blocks.max(axis=2, keepdims=True), blocks.shape).reshape(matrix.shape)
 
 
 def allowed(node: Node, known: dict[str, np.ndarray], rough: bool) -> list[np.ndarray | float]:
     """How far each result of a node may be off (see `bars`)."""
     ins = [known[value.name] for value in node.ins]
-    weights = [value for value in node.ins if len(value.type.shape) == 2]
+    weights = product_weights(node)
     matrices = [known[value.name] for value in weights]
     x = np.abs(ins[0])
-    scale = ins[1][0] if node.op.startswith("scaled_") else 1.0
+    scale = ins[1] if node.op.startswith("scaled_") else 1.0
     sizes = [terms(known[w.name], w.type.dtype) if rough else np.abs(known[w.name]) for w in weights]
-    sums = [scale * (size @ x) for size in sizes]
+    sums = [scale * (x @ size.T) for size in sizes]
     if node.op in ("matvec", "scaled_matvec"):
         return [ROUND * total for total in sums]
     if node.op.endswith("swiglu"):
-        gate, up = (scale * (matrix @ ins[0]) for matrix in matrices)
+        gate, up = (scale * (ins[0] @ matrix.T) for matrix in matrices)
         silu = gate / (1 + np.exp(-np.clip(gate, -700, 700)))
         slope = 1.1  # the steepest that silu gets
         return [ROUND * (slope * sums[0] * np.abs(up) + np.abs(silu) * sums[1]) + ROUND * np.abs(silu * up)]
@@ -114,12 +105,11 @@ def run_case(dtypes: tuple[str, ...], shape: ShapeClass, kinds: tuple[str, ...])
     with Step(graph, target_of(shape), raw, overridden(graph, shape)) as step:
         for kind in kinds:
             states = {
-                "x": inputs(kind, shape.columns),
-                "residual": inputs("normal", shape.rows, 5),
-                "position": np.array([7], np.int32),
-                "stop": np.zeros(1, np.int32),
-                "token": np.zeros(1, np.int32),
-                "log": np.full(32, -5, np.int32),
+                **STILL,
+                "x": inputs(kind, shape.columns)[None],
+                "residual": inputs("normal", shape.rows, 5)[None],
+                "positions": np.array([7], np.int32),
+                "log": np.full((1, 32), -5, np.int32),
                 "end_tokens": np.array([3, 7, -1, -1, -1, -1, -1, -1], np.int32),
             }
             got = step.run(states)
@@ -143,7 +133,7 @@ def test_mixed_types(dtypes, shape):
 
 def test_every_product_op_is_in_the_graph():
     graph = product_graph(("q4_k",), 16, 256)
-    assert {node.op for node in graph.nodes} - {"quantize", "rms_factor"} == set(product_ops())
+    assert {node.op for node in graph.nodes} - {"quantize", "rms_factor"} == set(PRODUCTS)
 
 
 def test_a_wrong_row_is_caught():
@@ -152,9 +142,7 @@ def test_a_wrong_row_is_caught():
     raw, values = random_matrices(graph)
     values["w0"][5] *= 1.001
     shape = SHAPE_CLASSES[0]
-    states = {"x": inputs("normal", 256), "residual": inputs("normal", 16), "position": np.zeros(1, np.int32),
-              "stop": np.zeros(1, np.int32), "token": np.zeros(1, np.int32), "log": np.zeros(32, np.int32),
-              "end_tokens": np.full(8, -1, np.int32)}  # fmt: skip
+    states = {**STILL, "x": inputs("normal", 256)[None], "residual": inputs("normal", 16)[None]}
     with Step(graph, target_of(shape), raw) as step, pytest.raises(AssertionError, match="1 of 16 elements beyond"):
         check(graph, values, states, step.run(states), "planted")
 
@@ -166,7 +154,7 @@ def test_digits_are_those_of_the_interpreter():
     x = inputs("normal", 2048)
     with Step(graph, target_of(SHAPE_CLASSES[0]), raw) as step:
         got = step.run({"x": x})["rxq"]
-    assert isinstance(got, Digits)
+    assert isinstance(got, ActivationBlock)
     high, low, scale = quantize_i8x2(x)
     assert (got.scale == scale).all()
     whole = 254.0 * high + low

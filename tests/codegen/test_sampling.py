@@ -1,4 +1,4 @@
-"""The kernels of `adjust` and `draw` against their meaning: the same token from the same logits, always."""
+"""The kernels of `adjust` and `draw` against their reference: the same token from the same logits, always."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}
 
 
 def sampling_graph(size: int) -> Graph:
-    """A step that draws from constant logits."""
+    """A step that draws from constant logits. cache: nothing reads it, and it says how many positions there are."""
     peaks = -(-size // 1024)
     return parse_graph(f"""
-    graph sampling(constant %logits: f32[{size}], constant %sampler: i32[{SAMPLER_WORDS}], constant %end_tokens: i32[8],
-                   state %token: i32[1], state %position: i32[1], state %stop: i32[1], state %log: i32[{CONTEXT}],
-                   state %history: i32[{CONTEXT}]) {{
-      %adjusted: f32[{size}], %peaks: f32[{peaks}], %history2: i32[{CONTEXT}] =
-          adjust(%logits, %token, %history, %sampler, %position)
-      %token2: i32[1] = draw(%adjusted, %peaks, %sampler, %position)
-      %log2: i32[{CONTEXT}] = record(%log, %token2, %position)
-      %stop2: i32[1] = stop_on(%token2, %end_tokens, %stop)
-      %position2: i32[1] = advance(%position)
-      return token=%token2, position=%position2, stop=%stop2, log=%log2, history=%history2
+    graph sampling(constant %logits: f32[1,{size}], constant %sampler: i32[{SAMPLER_WORDS}],
+                   constant %end_tokens: i32[8], state %tokens: i32[1], state %positions: i32[1],
+                   state %sequences: i32[1], state %stop: i32[1], state %log: i32[1,{CONTEXT}],
+                   state %history: i32[1,{CONTEXT}], state %cache: f16[1,1,{CONTEXT},16]) {{
+      %adjusted: f32[1,{size}], %peaks: f32[1,{peaks}], %history2: i32[1,{CONTEXT}] =
+          adjust(%logits, %tokens, %history, %sampler, %positions, %sequences)
+      %tokens2: i32[1] = draw(%adjusted, %peaks, %sampler, %positions)
+      %log2: i32[1,{CONTEXT}] = record(%log, %tokens2, %positions, %sequences)
+      %stop2: i32[1] = stop_on(%tokens2, %end_tokens, %stop, %positions, %sequences)
+      %positions2: i32[1] = advance(%positions)
+      return tokens=%tokens2, positions=%positions2, stop=%stop2, log=%log2, history=%history2
     }}""")
 
 
@@ -71,12 +72,12 @@ class Sampler:
         verify(self.graph)
         program = lower(fuse_choice(self.graph)[0] if fused else self.graph, target_for("host", 2))
         compiled = compile_program(program, "host", KernelCache(folder))
-        constants = {"logits": np.zeros(size, np.float32), "sampler": SamplerSettings().words()}
+        constants = {"logits": np.zeros((1, size), np.float32), "sampler": SamplerSettings().words()}
         self.engine = Engine(driver(), program, compiled, NoWeights(), graph=graph, constants=constants)
 
     def tokens(self, logits: np.ndarray, settings: SamplerSettings, count: int) -> list[int]:
         self.engine.reset()
-        self.engine.set_constant("logits", logits.astype(np.float32))
+        self.engine.set_constant("logits", logits.astype(np.float32)[None])
         self.engine.set_constant("sampler", settings.words(len(logits)))
         self.engine.feed([0])
         return [token for chunk in self.engine.decode(count) for token in chunk]
@@ -84,11 +85,11 @@ class Sampler:
     def wanted(self, logits: np.ndarray, settings: SamplerSettings, count: int) -> list[int]:
         interpreter = Interpreter()
         states = interpreter.initial_state(self.graph)
-        states |= {"logits": logits.astype(np.float32).astype(np.float64), "sampler": settings.words(len(logits))}
+        states |= {"logits": logits.astype(np.float32).astype(np.float64)[None], "sampler": settings.words(len(logits))}
         found = []
         for _ in range(count):
             states |= interpreter.results(self.graph, interpreter.run(self.graph, states))
-            found.append(int(states["token"][0]))
+            found.append(int(states["tokens"][0]))
         return found
 
 
@@ -143,7 +144,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_kernels_choose_as_the_meaning(name, large):
+def test_the_kernels_choose_as_the_reference(name, large):
     for seed, spread in [(0, 3.0), (2**63 + 5, 0.2)]:
         settings = SamplerSettings(**SETTINGS[name], seed=seed)
         logits = normal(LARGE, spread)
@@ -209,22 +210,22 @@ def test_constants_change_in_the_order_of_steps(small):
         if step == 100:
             small.engine.set_constant("sampler", settings[1].words())
         small.engine.step()
-    assert small.engine._fetch_log(0, 200).tolist() == first[:100] + second[100:]
+    assert small.engine.read("log").view(np.int32)[:200].tolist() == first[:100] + second[100:]
 
 
 def test_constants_that_do_not_fit(small):
     engine = small.engine
-    with pytest.raises(UsageError, match="has no constant log; it has logits, sampler, end_tokens"):
+    with pytest.raises(UsageError, match="no constant log; there are logits, sampler, end_tokens"):
         engine.set_constant("log", np.zeros(CONTEXT, np.int32))
     with pytest.raises(UsageError, match=r"the constant sampler is int32\[2064\], not int32\[3\]"):
         engine.set_constant("sampler", np.zeros(3, np.int32))
     with pytest.raises(UsageError, match="not float64"):
-        engine.set_constant("logits", np.zeros(SMALL))
+        engine.set_constant("logits", np.zeros((1, SMALL)))
     with pytest.raises(UsageError, match="needs the constant sampler"):
-        Engine(driver(), engine.program, engine.compiled, NoWeights(), constants={"logits": np.zeros(SMALL, "f4")})
+        Engine(driver(), engine.program, engine.compiled, NoWeights(), constants={"logits": np.zeros((1, SMALL), "f4")})
 
 
-DTYPES = {"f32": np.float32, "i32": np.int32, "u8": np.uint8}
+DTYPES = {"f32": np.float32, "i32": np.int32, "u8": np.uint8, "f16": np.float16}
 
 
 @pytest.mark.parametrize(
@@ -233,11 +234,11 @@ DTYPES = {"f32": np.float32, "i32": np.int32, "u8": np.uint8}
 def test_the_kernels_keep_every_rule(options):
     program = lower(fuse_choice(sampling_graph(LARGE))[0], target_for("host", 2))
     arrays = {b.name: np.zeros(b.nbytes if b.dtype == "u8" else b.shape, DTYPES[b.dtype]) for b in program.buffers}
-    arrays |= {"logits": normal(LARGE), "sampler": SamplerSettings(**options).words()}
-    arrays["position"][0], arrays["token"][0] = 9, 5
-    arrays["history"][:9] = np.arange(9) * 3
-    changed = {"adjust": ("value.", "history"), "draw_choose": ("scratch.", "token", "log", "stop", "position")}
-    for launch in program.launches:
+    arrays |= {"logits": normal(LARGE)[None], "sampler": SamplerSettings(**options).words()}
+    arrays["positions"][0], arrays["tokens"][0] = 9, 5
+    arrays["history"][0, :9] = np.arange(9) * 3
+    changed = {"adjust": ("value.", "history"), "draw_choose": ("scratch.", "tokens", "log", "stop", "positions")}
+    for launch in program.step().kernels:
         kinds = [program.buffer(str(arg)).kind for arg in launch.args]
         call = KernelCall(
             program.kernel(launch.kernel).text, launch.kernel, launch.grid, launch.block, launch.shared_bytes,
@@ -254,8 +255,8 @@ def test_the_kernels_keep_every_rule(options):
             # The list of candidates is in any order; what comes of it is not.
             assert name == "scratch.candidates" or all(array.tobytes() == run[index].tobytes() for run in runs), name
             arrays[name] = array
-    assert arrays["history"][:11].tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 5, 0]
-    assert arrays["log"][9] == arrays["token"][0]
+    assert arrays["history"][0, :11].tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 5, 0]
+    assert arrays["log"][0, 9] == arrays["tokens"][0]
     assert not arrays["scratch.tally"].any()
 
 
@@ -266,4 +267,4 @@ def test_no_register_is_spilled(arch):
         resources = machine_code(program, arch, name)[name].resources
         assert (resources.spill_bytes, resources.stack_bytes) == (0, 0)
     turns = -(-149 // target_for(arch).sm_count)  # spans a block takes, so that all blocks run at once
-    assert [launch.grid for launch in program.launches] == [149, -(-149 // turns)]
+    assert [launch.grid for launch in program.step().launches] == [149, -(-149 // turns)]

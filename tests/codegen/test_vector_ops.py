@@ -11,7 +11,7 @@ from weights import any_bytes, dequantized, raw_weights
 
 from psigraph.codegen.target import target_for
 from psigraph.codegen.weight_types import WEIGHT_TYPES
-from psigraph.ir import meaning
+from psigraph.ir.ops.vector import factor_of, gated, normalise
 from psigraph.ir.text import parse_graph
 
 EPS = 1e-6
@@ -31,10 +31,10 @@ def test_embedding_decodes_blocks_bit_for_bit(dtype):
     norms = ", ".join(f"weight %n{i}: f32[{c}]" for i, c in enumerate(columns))
     lines = []
     for i, c in enumerate(columns):
-        lines.append(f"%e{i}: f32[{c}] = embed(%t{i}, %token)")
+        lines.append(f"%e{i}: f32[1,{c}] = embed(%t{i}, %tokens)")
         lines += [
-            f"%x{i}.{form}: f32[{c}], %s{i}.{form}: {form}[{c}], %f{i}.{form}: f32[1] = "
-            f"embed_norm(%t{i}, %token, %n{i}) {{eps={EPS}}}"
+            f"%x{i}.{form}: f32[1,{c}], %s{i}.{form}: {form}[1,{c}], %f{i}.{form}: f32[1,1] = "
+            f"embed_norm(%t{i}, %tokens, %n{i}) {{eps={EPS}}}"
             for form in ("f32", "i8x2")
         ]
     names = [f"{stem}{i}.{form}" for i in (0, 1) for form in ("f32", "i8x2") for stem in "xsf"] + ["e0", "e1"]
@@ -49,40 +49,39 @@ def test_embedding_decodes_blocks_bit_for_bit(dtype):
             values = [dequantized(raw[f"t{i}"], dtype, rows[i], columns[i]) for i in (0, 1)]
         with Step(graph, HOST, {**raw, **norm}) as step:
             for token in (0, 7, 8, 15, 16):
-                got = step.run({"token": np.array([token])})
+                got = step.run({"tokens": np.array([token])})
                 for i in (0, 1):
                     x = values[i][token]
                     for name in (f"e{i}", f"x{i}.f32", f"x{i}.i8x2"):
-                        np.testing.assert_array_equal(got[name], x, err_msg=f"{dtype} row {token} {name}")
+                        np.testing.assert_array_equal(got[name][0], x, err_msg=f"{dtype} row {token} {name}")
                     if make is any_bytes:  # may hold infinities
                         continue
                     weighted = x.astype(np.float64) * norm[f"n{i}"]
                     for form in ("f32", "i8x2"):
                         label = f"{dtype} row {token} {form}"
                         assert_close(got[f"s{i}.{form}"], weighted, UNIT * np.abs(weighted), label)
-                        factor = 1 / np.sqrt(got[f"f{i}.{form}"].astype(np.float64).sum() / columns[i] + EPS)
-                        wanted = meaning.factor_of(x.astype(np.float64), EPS)[0]
-                        np.testing.assert_allclose(factor, wanted, rtol=16 * UNIT, err_msg=label)
+                        wanted = factor_of(x.astype(np.float64), EPS)
+                        np.testing.assert_allclose(got[f"f{i}.{form}"][0], wanted, rtol=16 * UNIT, err_msg=label)
 
 
 @pytest.mark.parametrize("size", [96, 272, 2048])
 def test_vectors(size):
     heads = size // 16
     graph = parse_graph(f"""graph vectors(weight %n: f32[{size}], weight %hn: f32[16], {STATES},
-            state %a: f32[{size}], state %b: f32[{size}]) {{
-        %norm: f32[{size}] = rms_norm(%a, %n) {{eps={EPS}}}
-        %normq: i8x2[{size}] = rms_norm(%a, %n) {{eps={EPS}}}
-        %f: f32[1] = rms_factor(%a) {{eps={EPS}}}
-        %sum: f32[{size}] = add(%a, %b)
-        %product: f32[{size}] = mul(%a, %n)
-        %productq: i8x2[{size}] = mul(%a, %n)
-        %gated: f32[{size}] = swiglu(%a, %b)
-        %gatedq: i8x2[{size}] = swiglu(%a, %b)
-        %digits: i8x2[{size}] = quantize(%a)
-        %heads: f32[{heads},16] = split_heads(%a) {{heads={heads}}}
-        %headnorm: f32[{heads},16] = rms_norm(%heads, %hn) {{eps={EPS}}}
-        %flat: f32[{size}] = merge_heads(%headnorm)
-        %flatq: i8x2[{size}] = merge_heads(%headnorm)
+            state %a: f32[1,{size}], state %b: f32[1,{size}]) {{
+        %norm: f32[1,{size}] = rms_norm(%a, %n) {{eps={EPS}}}
+        %normq: i8x2[1,{size}] = rms_norm(%a, %n) {{eps={EPS}}}
+        %f: f32[1,1] = rms_factor(%a) {{eps={EPS}}}
+        %sum: f32[1,{size}] = add(%a, %b)
+        %product: f32[1,{size}] = mul(%a, %n)
+        %productq: i8x2[1,{size}] = mul(%a, %n)
+        %gated: f32[1,{size}] = swiglu(%a, %b)
+        %gatedq: i8x2[1,{size}] = swiglu(%a, %b)
+        %digits: i8x2[1,{size}] = quantize(%a)
+        %heads: f32[1,{heads},16] = split_heads(%a) {{heads={heads}}}
+        %headnorm: f32[1,{heads},16] = rms_norm(%heads, %hn) {{eps={EPS}}}
+        %flat: f32[1,{size}] = merge_heads(%headnorm)
+        %flatq: i8x2[1,{size}] = merge_heads(%headnorm)
         return norm=%norm, normq=%normq, f=%f, sum=%sum, product=%product, productq=%productq, gated=%gated,
             gatedq=%gatedq, digits=%digits, headnorm=%headnorm, flat=%flat, flatq=%flatq
     }}""")
@@ -90,30 +89,29 @@ def test_vectors(size):
     n, hn = (weights[name].astype(np.float64) for name in ("n", "hn"))
     with Step(graph, HOST, weights) as step:
         for kind in ("normal", "outliers", "denormals", "zero"):
-            a, b = random_vector(size, 3), random_vector(size, 4)
+            a, b = random_vector(size, 3)[None], random_vector(size, 4)[None]
             if kind == "outliers":
-                a[::37] *= 1e4
+                a[:, ::37] *= 1e4
             elif kind == "denormals":
-                a[: size // 2] = np.float32(1e-40)
+                a[:, : size // 2] = np.float32(1e-40)
             elif kind == "zero":
                 a[:] = 0
             got = step.run({"a": a, "b": b})
             x, y = a.astype(np.float64), b.astype(np.float64)
-            normed = meaning.normalise(x, n, EPS)
+            normed = normalise(x, n, EPS)
             for name in ("norm", "normq"):
                 assert_close(got[name], normed, 24 * UNIT * np.abs(normed) + 1e-45, f"{kind} {name}")
-            factor = 1 / np.sqrt(got["f"].astype(np.float64).sum() / size + EPS)
-            np.testing.assert_allclose(factor, meaning.factor_of(x, EPS)[0], rtol=16 * UNIT)
+            np.testing.assert_allclose(got["f"], factor_of(x, EPS), rtol=16 * UNIT)
             assert_close(got["sum"], x + y, UNIT * np.abs(x + y), f"{kind} sum")
             for name in ("product", "productq"):
                 assert_close(got[name], x * n, UNIT * np.abs(x * n) + 1e-45, f"{kind} {name}")
-            gated = meaning.gated(x, y)
+            silu = gated(x, y)
             for name in ("gated", "gatedq"):
                 # The exponent's rounding grows with its size; below exp(-80) float32 has nothing left.
-                bound = 8 * UNIT * (1 + np.abs(x)) * np.abs(gated) + 1e-34 * np.abs(x * y) + 1e-44
-                assert_close(got[name], gated, bound, f"{kind} {name}")
+                bound = 8 * UNIT * (1 + np.abs(x)) * np.abs(silu) + 1e-34 * np.abs(x * y) + 1e-44
+                assert_close(got[name], silu, bound, f"{kind} {name}")
             assert_close(got["digits"], x, 0.0, f"{kind} digits")
-            by_head = meaning.normalise(x.reshape(heads, 16), hn, EPS)
+            by_head = normalise(x.reshape(1, heads, 16), hn, EPS)
             assert_close(got["headnorm"], by_head, 24 * UNIT * np.abs(by_head) + 1e-45, f"{kind} headnorm")
             assert_close(got["flat"], by_head.ravel(), 24 * UNIT * np.abs(by_head).ravel() + 1e-45, f"{kind} flat")
             assert_close(got["flatq"], by_head.ravel(), 24 * UNIT * np.abs(by_head).ravel() + 1e-45, f"{kind} flatq")
@@ -124,15 +122,15 @@ def test_vectors(size):
 
 def test_two_weights_of_one_shape_keep_apart():
     """mul and add of one value with itself, results used again: buffers are reused, values are not mixed up."""
-    graph = parse_graph(f"""graph reuse({STATES}, state %a: f32[64]) {{
-        %b: f32[64] = add(%a, %a)
-        %c: f32[64] = mul(%b, %a)
-        %d: f32[64] = add(%c, %b)
-        %e: f32[64] = mul(%d, %c)
-        %g: f32[64] = add(%e, %a)
+    graph = parse_graph(f"""graph reuse({STATES}, state %a: f32[1,64]) {{
+        %b: f32[1,64] = add(%a, %a)
+        %c: f32[1,64] = mul(%b, %a)
+        %d: f32[1,64] = add(%c, %b)
+        %e: f32[1,64] = mul(%d, %c)
+        %g: f32[1,64] = add(%e, %a)
         return a=%g
     }}""")
-    a = np.arange(64, dtype=np.float32)
+    a = np.arange(64, dtype=np.float32)[None]
     with Step(graph, HOST, {}) as step:
         got = step.run({"a": a})["a"]
     c = 2 * a * a
@@ -142,14 +140,14 @@ def test_two_weights_of_one_shape_keep_apart():
 @pytest.mark.parametrize("vocabulary", [40, 1024, 5000])
 def test_token_choice(vocabulary):
     """Ties go to the lowest index, a NaN never wins, the log and the stop flag follow."""
-    graph = parse_graph(f"""graph choice({STATES}, state %logits: f32[{vocabulary}]) {{
+    graph = parse_graph(f"""graph choice({STATES}, state %logits: f32[1,{vocabulary}]) {{
         %best: i32[1] = argmax(%logits)
-        %log1: i32[32] = record(%log, %best, %position)
-        %stop1: i32[1] = stop_on(%best, %end_tokens, %stop)
-        %position1: i32[1] = advance(%position)
-        %token2: i32[1], %log2: i32[32], %stop2: i32[1], %position2: i32[1] =
-            choose(%logits, %log1, %end_tokens, %stop1, %position1)
-        return best=%best, log=%log2, stop=%stop2, position=%position2, token=%token2
+        %log1: i32[1,32] = record(%log, %best, %positions, %sequences)
+        %stop1: i32[1] = stop_on(%best, %end_tokens, %stop, %positions, %sequences)
+        %positions1: i32[1] = advance(%positions)
+        %tokens2: i32[1], %log2: i32[1,32], %stop2: i32[1], %positions2: i32[1] =
+            choose(%logits, %log1, %end_tokens, %stop1, %positions1, %sequences)
+        return best=%best, log=%log2, stop=%stop2, positions=%positions2, tokens=%tokens2
     }}""")
     logits = random_vector(vocabulary, 1)
     tied = logits.copy()
@@ -172,8 +170,8 @@ def test_token_choice(vocabulary):
                 ([*nothing, best], 0, 1),
                 ([-1, *nothing], 1, 1),
             ):
-                states = {"logits": values, "position": [30], "stop": [before], "log": [-7] * 32, "end_tokens": ends}
+                states = {"logits": values, "positions": [30], "stop": [before], "log": [-7] * 32, "end_tokens": ends}
                 got = step.run({name: np.array(array) for name, array in states.items()})
-                found = [int(got[name][0]) for name in ("best", "token", "stop", "position")]
+                found = [int(got[name][0]) for name in ("best", "tokens", "stop", "positions")]
                 assert found == [best, best, after, 32]
-                assert got["log"].tolist() == [-7] * 30 + [best, best]
+                assert got["log"].tolist() == [[-7] * 30 + [best, best]]

@@ -7,14 +7,11 @@ is shown on the same kernels with one line changed.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from step_launches import bandwidth_launch, layout_launches, step_of, texts_of
+from step_launches import Step, bandwidth_launch, layout_launches, step_of, texts_of
 
 from psigraph.codegen.weight_types import WEIGHT_TYPES
 from psigraph.passes.pipeline import PIPELINE
@@ -23,7 +20,7 @@ from psigraph.runtime.host.check import ORDERS, HostCheckError, KernelCall, buil
 TINY = Path(__file__).parents[2] / "fixtures" / "tiny"
 Q4, Q8 = TINY / "tiny-qwen3-q4_k_m.gguf", TINY / "tiny-qwen3-q8_0.gguf"
 ALL_PASSES = tuple(step.name for step in PIPELINE if not step.lowering)
-WAIT = "wait_for_previous_kernel();"
+WAIT = "wait_for_previous_kernel(stamps);"
 
 
 def problems_of(call: KernelCall, wanted: dict[int, np.ndarray]) -> str:
@@ -85,30 +82,31 @@ def test_the_kernel_that_measures_bandwidth_is_sound() -> None:
     assert problems_of(bandwidth_launch(), {}) == ""
 
 
-# (kernel, its text, what stands there instead, the build that sees it, what it says); one text holds them all.
-EARLY_READ = f"float early = fresh(square_sums); {WAIT} if (early == 1e9f) y0[0] = 0.0f;"
-LAST_BARRIER = "__syncthreads();\n\n    // 4. One thread a row."
+# (kernel, its text or its header's, what stands there instead, the build that sees it, what it says)
+CALL = "product<Shape>("
+EARLY_READ = f"float early = fresh((const float*)x); {WAIT} if (early == 1e9f) partial[0] = 0.0f;"
+LAST_BARRIER = "__syncthreads();\n\n    // 4. Epilogue"
 CHANGES = [
     ("scaled_matvec_2", WAIT, "", "address", "missing wait"),
     ("rope_attention", WAIT, "", "watch", "early read"),
     ("scaled_matvec_2", WAIT, EARLY_READ, "watch", "early read"),
-    ("scaled_matvec_2", WAIT, f"if (threadIdx.x == 0) y0[blockIdx.x] = 0.0f; {WAIT}", "watch", "early write"),
-    ("rope_attention", WAIT, f"{WAIT} if (threadIdx.x == 0 && q[0] == 1e9f) y[0] = 0;", "watch", "stale read"),
+    ("scaled_matvec_2", CALL, f"if (threadIdx.x == 0) y0[blockIdx.x] = 0.0f; {CALL}", "watch", "early write"),
+    ("rope_attention", WAIT, f"{WAIT} if (threadIdx.x == 0 && operands.q[0] == 1e9f) y[0] = 0;", "watch", "stale read"),
     ("scaled_matvec_2", "__syncthreads();", "", "watch", "race"),
     ("scaled_matvec_2", LAST_BARRIER, f"if (warp != 0) {LAST_BARRIER}", "address", "divergent barrier"),
-    ("scaled_matvec_2", "if (inside && at < 512) y0", "if (inside && at < 520) y0", "address", "out of bounds"),
-    ("scaled_matvec_2", WAIT, f"{WAIT} ((float*)square_sums)[0] = 1.0f;", "watch", "write to input"),
+    ("scaled_matvec_2", "{{y0, ", "{{y0 + 8, ", "address", "out of bounds"),
+    ("scaled_matvec_2", WAIT, f"{WAIT} ((float*)x)[0] = 1.0f;", "watch", "write to input"),
 ]
 
 
 @pytest.fixture(scope="module")
-def changed() -> list[KernelCall]:
-    return step_of(Q4).changed([change[:3] for change in CHANGES])
+def step() -> Step:
+    return step_of(Q4)
 
 
 @pytest.mark.parametrize("number", range(len(CHANGES)), ids=lambda number: f"{number}-{CHANGES[number][4]}")
-def test_one_changed_line_is_reported(number: int, changed: list[KernelCall]) -> None:
-    *_, build, kind = CHANGES[number]
+def test_one_changed_line_is_reported(number: int, step: Step) -> None:
+    *change, build, kind = CHANGES[number]
     with pytest.raises(HostCheckError) as caught:
-        run_build(changed[number], build)
+        run_build(step.changed(*change), build)
     assert caught.value.kind == kind, caught.value.message

@@ -16,7 +16,7 @@ from small_models import QWEN3, Small, assert_same_steps, decode, random_weights
 
 from psigraph.ir.errors import ModelFileError, PsigraphError, UnsupportedModelError, UsageError
 from psigraph.ir.graph import Graph, TensorType
-from psigraph.ir.op import Machine, TypeMismatch
+from psigraph.ir.op import EvalContext, TypeMismatch
 from psigraph.ir.ops import OPS
 from psigraph.passes.pipeline import run_pipeline
 from psigraph.runtime.tables import rope_table
@@ -59,12 +59,15 @@ CASES = [
 @pytest.mark.parametrize("dim", [32, 128])
 def test_yarn_is_that_of_the_paper(attrs: dict[str, float], dim: int) -> None:
     speeds, magnitude = reference(dim, attrs)
-    x = np.random.default_rng(1).standard_normal((2, dim))
-    for position in (0, 1, 977, 131_071):
-        pairs = (x[:, : dim // 2] + 1j * x[:, dim // 2 :]) * magnitude * np.exp(1j * position * np.array(speeds))
+    positions = np.array([0, 1, 977, 131_071])
+    x = np.random.default_rng(1).standard_normal((4, 2, dim))
+    (turned,) = OPS["rope"].reference(EvalContext(), [x, positions], attrs)
+    for row, position in enumerate(positions):
+        pairs = (
+            (x[row, :, : dim // 2] + 1j * x[row, :, dim // 2 :]) * magnitude * np.exp(1j * position * np.array(speeds))
+        )
         wanted = np.concatenate([pairs.real, pairs.imag], axis=1)
-        (turned,) = OPS["rope"].compute(Machine(), [x, np.array([position])], attrs)
-        np.testing.assert_allclose(turned, wanted, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(turned[row], wanted, rtol=0, atol=1e-9)
     table = rope_table(1000, dim, attrs)
     angles = np.arange(1000)[:, None] * np.array(speeds)
     np.testing.assert_allclose(table[..., 0], magnitude * np.cos(angles), atol=2e-7 * max(1, magnitude))
@@ -82,9 +85,9 @@ def test_what_the_paper_says_of_the_ends() -> None:
 
 
 def test_linear_divides_positions() -> None:
-    x = np.random.default_rng(2).standard_normal((2, 32))
-    (stretched,) = OPS["rope"].compute(Machine(), [x, np.array([12])], {"theta": 1e4, "factor": 4.0})
-    (plain,) = OPS["rope"].compute(Machine(), [x, np.array([3])], {"theta": 1e4})
+    x = np.random.default_rng(2).standard_normal((1, 2, 32))
+    (stretched,) = OPS["rope"].reference(EvalContext(), [x, np.array([12])], {"theta": 1e4, "factor": 4.0})
+    (plain,) = OPS["rope"].reference(EvalContext(), [x, np.array([3])], {"theta": 1e4})
     np.testing.assert_allclose(stretched, plain)
     np.testing.assert_allclose(
         rope_table(13, 32, {"theta": 1e4, "factor": 4.0})[12], rope_table(4, 32, {"theta": 1e4})[3]
@@ -207,13 +210,4 @@ def test_a_base_of_one_turns_all_pairs_alike_and_has_no_ramp() -> None:
 )
 def test_attributes_of_a_rotation_go_together(attrs: dict[str, float], says: str) -> None:
     with pytest.raises(TypeMismatch, match=says):
-        OPS["rope"].infer([TensorType("f32", (2, 8)), TensorType("i32", (1,))], {"theta": 1e4, **attrs})
-
-
-def test_over_a_sequence_every_row_has_its_own_position() -> None:
-    x = np.random.default_rng(3).standard_normal((5, 2, 32))
-    machine = Machine()
-    (rows,) = OPS["rope"].compute(machine, [x, np.array([7, 5], np.int32)], ATTRS)
-    for index in range(5):
-        (row,) = OPS["rope"].compute(machine, [x[index], np.array([7 + index])], ATTRS)
-        np.testing.assert_array_equal(rows[index], row)
+        OPS["rope"].infer([TensorType("f32", (1, 2, 8)), TensorType("i32", (1,))], {"theta": 1e4, **attrs})

@@ -7,15 +7,16 @@ from small_models import Small
 
 from psigraph.ir.errors import SpecError
 from psigraph.ir.graph import Graph, Node, Origin, Param, TensorType, Value
+from psigraph.ir.regime import Regime
 from psigraph.ir.text import parse_graph, print_graph, print_node
 from psigraph.passes.pipeline import run_pipeline
 
 TEXT = """graph tail(
   weight %w.1: q4_k[256,256],
-  state %x: f32[256]
+  state %x: f32[1,256]
 ) {
-  %y: f32[256] = matvec(%x, %w.1)   # q.yaml:3
-  %z: f32[256] = add(%y, %x)   # q.yaml:4, q.yaml:5
+  %y: f32[1,256] = matvec(%x, %w.1)   # q.yaml:3
+  %z: f32[1,256] = add(%y, %x)   # q.yaml:4, q.yaml:5
   return x=%z
 }
 """
@@ -32,10 +33,12 @@ def test_text_form():
     assert graph.results == (("x", graph.nodes[1].out),)
 
 
+@pytest.mark.parametrize(("regime", "rows"), [(Regime.STEP, 1), (Regime.FEW, 3), (Regime.MANY, 20)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_round_trip_of_a_model_at_every_stage(tied):
+def test_round_trip_of_a_model_at_every_stage(tied, regime, rows):
     seen = []
-    run_pipeline(Small(layers=2, tied=tied).graph("logits"), observe=lambda name, graph: seen.append(graph))
+    graph = Small(layers=2, tied=tied, sequences=2).graph("logits", rows=rows)
+    run_pipeline(graph, observe=lambda name, stage: seen.append(stage), regime=regime)
     for graph in seen:
         again = parse_graph(print_graph(graph))
         assert again == graph
@@ -74,7 +77,7 @@ def test_one_layer_shows_its_nodes_and_what_they_read():
 
 def test_node_without_origin():
     node = parse_graph(TEXT).nodes[0]
-    assert print_node(node, origin=False) == "%y: f32[256] = matvec(%x, %w.1)"
+    assert print_node(node, origin=False) == "%y: f32[1,256] = matvec(%x, %w.1)"
 
 
 @pytest.mark.parametrize(
@@ -82,9 +85,9 @@ def test_node_without_origin():
     [
         ("add(%y, %x)", "add(%y, %q)", "%q is not defined here"),
         ("add(%y, %x)", "add(%y, %x", "expected )"),
-        ("%y: f32[256] =", "%y =", "%y needs a type"),
+        ("%y: f32[1,256] =", "%y =", "%y needs a type"),
         ("return x=%z", "return x=%q", "%q is not defined here"),
-        ("f32[256] = add", "f32[2.5] = add", "whole number"),
+        ("f32[1,256] = add", "f32[1,2.5] = add", "whole number"),
         ("add(%y, %x)", "add(%y, %x) {eps=$eps}", "is no literal"),
         ("add(%y, %x)", "add(%y, %x) {a=1, a=2}", "stands twice"),
         ("add(%y, %x)", "add(%y; %x)", "cannot read ';'"),

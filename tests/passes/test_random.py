@@ -1,20 +1,23 @@
 """Random models and random graphs, through random subsets of the passes: the numbers stay."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import Small, assert_same_steps, decode, random_weights
+from small_models import ROWS, Small, assert_same_steps, only, random_weights, row_feeds, run_steps
 
 from psigraph.ir.graph import Graph, Node, Param, TensorType, Value
 from psigraph.ir.interpret import Interpreter
+from psigraph.ir.regime import Regime
 from psigraph.ir.text import parse_graph, print_graph
 from psigraph.ir.types import WEIGHT_DTYPES
 from psigraph.ir.verify import verify
 from psigraph.passes.pipeline import PIPELINE, run_pipeline
 
 SUBSETS = st.sets(st.sampled_from([step.name for step in PIPELINE if not step.lowering]))
+REGIMES = st.sampled_from(Regime)
 KINDS = ("attn_q", "attn_v", "attn_output", "ffn_gate", "ffn_down", "token_embd", "output")
 
 
@@ -36,45 +39,52 @@ def models(draw):
         tied=draw(st.booleans()),
         dtype=draw(st.sampled_from(WEIGHT_DTYPES)),
         dtypes=tuple(special.items()),
+        context=32,
+        sequences=2,
     )
 
 
-@given(models(), SUBSETS, st.sampled_from([(), ("logits",)]))
+@given(models(), REGIMES, SUBSETS, st.sampled_from([(), ("logits",)]))
 @settings(max_examples=25, deadline=None)
-def test_random_models(small, disabled, outputs):
-    graph = small.graph(*outputs)
-    fused, _ = run_pipeline(graph, disabled)
+def test_random_models(small, regime, disabled, outputs):
+    graph = small.graph(*outputs, rows=ROWS[regime])
+    fused, _ = run_pipeline(graph, disabled, regime=regime)
     assert parse_graph(print_graph(fused)) == fused
-    weights = random_weights(graph)
-    assert_same_steps(decode(graph, weights, steps=2), decode(fused, weights, steps=2, exact_activations=True))
+    weights, feeds = random_weights(graph), row_feeds(ROWS[regime])
+    wanted = only(dict(fused.results), run_steps(graph, weights, feeds))
+    assert_same_steps(wanted, run_steps(fused, weights, feeds, exact_activations=True))
 
 
 N = 32
-VECTOR, ONE = TensorType("f32", (N,)), TensorType("f32", (1,))
 
 
 class Wiring:
     """Adds nodes to a graph, with operands drawn from what is there."""
 
-    def __init__(self, draw, matrices):
+    def __init__(self, draw, matrices, rows):
         self.draw = draw
         self.matrices = matrices
-        self.weight = Value("n", VECTOR)
-        self.vectors = [Value("x", VECTOR)]
+        self.type, self.factor_type = TensorType("f32", (rows, N)), TensorType("f32", (rows, 1))
+        self.weights = [Value(name, TensorType("f32", (N,))) for name in ("n", "m")]
+        self.values = [Value("x", self.type)]
         self.factors = []
         self.nodes = []
 
-    def add(self, op, *ins, type_=VECTOR):
+    def add(self, op, *ins):
+        type_ = self.factor_type if op == "rms_factor" else self.type
         out = Value(f"v{len(self.nodes)}", type_)
         attrs = (("eps", 1e-6),) if op in ("rms_norm", "rms_factor") else ()
         self.nodes.append(Node((out,), op, ins, attrs))
-        (self.vectors if type_ == VECTOR else self.factors).append(out)
+        (self.factors if op == "rms_factor" else self.values).append(out)
         return out
 
-    def vector(self):
+    def value(self):
         # The newest values most often, so that chains arise and not only stars.
-        recent = self.vectors[-2:]
-        return self.draw(st.sampled_from([self.weight, *self.vectors, *recent, *recent, *recent]))
+        recent = self.values[-2:]
+        return self.draw(st.sampled_from([*self.values, *recent, *recent, *recent]))
+
+    def weight(self):
+        return self.draw(st.sampled_from(self.weights))
 
     def matrix(self):
         return self.draw(st.sampled_from(self.matrices))
@@ -82,29 +92,31 @@ class Wiring:
     # The forms that passes look for. What is drawn later may read any value of theirs.
 
     def product(self):
-        self.add("matvec", self.vector(), self.matrix())
+        self.add("matvec", self.value(), self.matrix())
 
     def scaled(self):
-        factor = self.add("rms_factor", self.vector(), type_=ONE)
-        self.add("scaled_matvec", self.vector(), self.draw(st.sampled_from([factor, *self.factors])), self.matrix())
+        factor = self.add("rms_factor", self.value())
+        self.add("scaled_matvec", self.value(), self.draw(st.sampled_from([factor, *self.factors])), self.matrix())
 
     def pair(self):
-        self.add(self.draw(st.sampled_from(["add", "mul", "swiglu"])), self.vector(), self.vector())
+        self.add(self.draw(st.sampled_from(["add", "mul", "swiglu"])), self.value(), self.value())
 
     def norm(self, x=None):
-        weight = self.draw(st.sampled_from([self.weight, self.weight, self.vectors[-1]]))
-        normed = self.add("rms_norm", x or self.vector(), weight)
+        normed = self.add("rms_norm", x or self.value(), self.weight())
         for _ in range(self.draw(st.integers(0, 3))):
             self.add("matvec", normed, self.matrix())
 
     def residual(self):
-        x, product = self.vector(), self.add("matvec", self.vector(), self.matrix())
+        x, product = self.value(), self.add("matvec", self.value(), self.matrix())
         total = self.add("add", *self.draw(st.permutations([x, product])))
         if self.draw(st.booleans()):
             self.norm(total)
+        elif self.draw(st.booleans()):
+            self.add("mul", total, self.draw(st.sampled_from([self.weight(), self.value()])))
+            self.add("rms_factor", total)
 
     def gate(self):
-        x = self.vector()
+        x = self.value()
         self.add("swiglu", self.add("matvec", x, self.matrix()), self.add("matvec", x, self.matrix()))
 
 
@@ -113,23 +125,24 @@ def graphs(draw):
     """Any wiring of the vector ops, with any values as results."""
     dtypes = draw(st.lists(st.sampled_from(["q8_0", "f16"]), min_size=1, max_size=3))
     matrices = [Value(f"w{index}", TensorType(dtype, (N, N))) for index, dtype in enumerate(dtypes)]
-    wiring = Wiring(draw, matrices)
+    wiring = Wiring(draw, matrices, draw(st.sampled_from([1, 3])))
     forms = [wiring.product, wiring.scaled, wiring.pair, wiring.norm, wiring.residual, wiring.residual, wiring.gate]
     for _ in range(draw(st.integers(1, 6))):
         draw(st.sampled_from(forms))()
     made = [node.out for node in wiring.nodes]
     kept = draw(st.lists(st.sampled_from(made), max_size=2, unique=True))
     results = {f"r{index}": value for index, value in enumerate([*kept, made[-1]])}
-    params = [Param("weight", value) for value in (*matrices, wiring.weight)]
-    params.append(Param("state", wiring.vectors[0]))
+    params = [Param("weight", value) for value in (*matrices, *wiring.weights)]
+    states = [wiring.values[0], *(replace(value, name=name) for name, value in results.items())]
+    params += [Param("state", value) for value in states]
     return Graph("random", tuple(params), tuple(wiring.nodes), tuple(results.items()))
 
 
-@given(graphs(), SUBSETS)
+@given(graphs(), REGIMES, SUBSETS)
 @settings(max_examples=100, deadline=None)
-def test_random_graphs(graph, disabled):
+def test_random_graphs(graph, regime, disabled):
     verify(graph)
-    fused, _ = run_pipeline(graph, disabled)
+    fused, _ = run_pipeline(graph, disabled, regime=regime)
     assert parse_graph(print_graph(fused)) == fused
     rng = np.random.default_rng(1)
     values = {param.name: rng.standard_normal(param.type.shape) for param in graph.params}

@@ -10,13 +10,13 @@ from psigraph.ir.verify import verify
 from psigraph.passes.rewriter import Rewriter
 
 # Attention stands between the two nodes that are replaced, and reads what the first of them makes.
-GRAPH = """graph step(state %x: f32[2,128], state %cache: f16[2,16,128], state %log: i32[16],
-        state %position: i32[1]) {{
-    %row: f32[2,128] = rope(%x, %position) {{theta=10000.0}}
-    %y: f32[2,128] = attention(%row, {read}, {read}, %position) {{scale=0.5}}
-    %next: f16[2,16,128] = cache_append(%cache, %row, %position)
-    %p: i32[1] = advance(%position)
-    return x=%y, cache=%next, position=%p
+GRAPH = """graph step(state %x: f32[1,2,128], state %cache: f16[1,2,16,128], state %log: i32[1,16],
+        state %positions: i32[1], state %sequences: i32[1]) {{
+    %row: f32[1,2,128] = rope(%x, %positions) {{theta=10000.0}}
+    %y: f32[1,2,128] = attention(%row, {read}, {read}, %positions, %sequences) {{scale=0.5}}
+    %next: f16[1,2,16,128] = cache_append(%cache, %row, %positions, %sequences)
+    %p: i32[1] = advance(%positions)
+    return x=%y, cache=%next, positions=%p
 }}"""
 
 
@@ -37,7 +37,7 @@ def test_a_reader_does_not_move_behind_what_takes_its_memory_over():
 
 
 def test_a_reader_of_other_memory_moves():
-    text = GRAPH.format(read="%other").replace("state %log", "state %other: f16[2,16,128], state %log")
+    text = GRAPH.format(read="%other").replace("state %log", "state %other: f16[1,2,16,128], state %log")
     graph = parse_graph(text)
     done, after = replaced(graph)
     assert done

@@ -1,11 +1,10 @@
 """use_sampler: what goes and what arrives, and that the pipeline keeps the numbers."""
 
-import numpy as np
 import pytest
-from small_models import Small, assert_same_steps, random_weights
+import small_models
+from small_models import Small, assert_same_steps, integers, random_weights, run_steps
 
 from psigraph.ir.errors import UsageError
-from psigraph.ir.interpret import Interpreter
 from psigraph.ir.text import parse_graph, print_graph
 from psigraph.ir.verify import verify
 from psigraph.passes.pipeline import run_pipeline
@@ -16,15 +15,8 @@ SETTINGS = SamplerSettings(temperature=2.0, repetition_penalty=1.2, frequency_pe
 
 
 def decode(graph, weights, settings, steps=6, **options):
-    interpreter = Interpreter(**options)
-    states = interpreter.initial_state(graph)
-    states |= {"token": np.array([5], np.int32), "sampler": settings.words(48)}
-    history = []
-    for _ in range(steps):
-        results = interpreter.results(graph, interpreter.run(graph, {**weights, **states}))
-        states |= {name: array for name, array in results.items() if name in states}
-        history.append(results)
-    return history
+    first = {"tokens": integers(5), "sampler": settings.words(48)}
+    return run_steps(graph, weights, [first, *[{}] * (steps - 1)], **options)
 
 
 @pytest.mark.parametrize("outputs", [(), ("logits",)])
@@ -47,25 +39,18 @@ def test_fused_and_unfused_draw_the_same(disabled):
     fused, _ = run_pipeline(graph, disabled)
     wanted = decode(graph, weights, SETTINGS)
     assert_same_steps(wanted, decode(fused, weights, SETTINGS, exact_activations=True))
-    tokens = [int(step["token"][0]) for step in wanted]
-    assert wanted[-1]["history"][:6].tolist() == [5, *tokens[:5]]
-    assert wanted[-1]["log"][:6].tolist() == tokens
+    tokens = [int(step["tokens"][0]) for step in wanted]
+    assert wanted[-1]["history"][0, :6].tolist() == [5, *tokens[:5]]
+    assert wanted[-1]["log"][0, :6].tolist() == tokens
 
 
 def test_a_temperature_of_zero_is_the_greedy_graph():
     plain = Small().graph("logits")
     weights = random_weights(plain)
-    interpreter = Interpreter()
-    states = interpreter.initial_state(plain)
-    states["token"][0] = 5
-    greedy = []
-    for _ in range(6):
-        states |= interpreter.results(plain, interpreter.run(plain, {**weights, **states}))
-        del states["logits"]
-        greedy.append(int(states["token"][0]))
+    greedy = [int(step["tokens"][0]) for step in small_models.decode(plain, weights, steps=6)]
     for options in ({"temperature": 0.0}, {"top_k": 1}, {"temperature": 1e-3}):
         found = decode(use_sampler(plain), weights, SamplerSettings(**options))
-        assert [int(step["token"][0]) for step in found] == greedy
+        assert [int(step["tokens"][0]) for step in found] == greedy
 
 
 def test_graphs_that_do_not_choose_one_token():

@@ -104,11 +104,11 @@ def test_where_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found is None
     assert "no cublasLt here" in why
     assert "pip install 'psigraph[library]'" in why
-    wanted: tuple[Any, ...] = ("library", "cuda", None, False, None, Gpu())
+    wanted: tuple[Any, ...] = ("library", "cuda", None, False, (), None, Gpu())
     make = prefill_maker(*wanted)
     assert make is not None
     with pytest.raises(UsageError, match="prefill library: cuBLASLt cannot be loaded"):
-        make()
+        make(None, {})  # type: ignore[arg-type]
     assert prefill_maker("off", *wanted[1:]) is None
 
 

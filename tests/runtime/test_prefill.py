@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy_library import NumpyLibrary
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "codegen"))
-from prefill_graphs import multiply_in_numpy
-
-from psigraph.build import build_program, open_model
-from psigraph.codegen.prefill_lower import CHUNK_TOKENS, lower_prefill
+from psigraph.build import build_program, open_model, with_prefill
+from psigraph.codegen.lower import PREFILL_ROWS
 from psigraph.codegen.target import target_for
 from psigraph.ir.errors import OutOfMemoryError, UnsupportedModelError, UsageError
+from psigraph.ir.program import PREFILL, LibraryProduct, Program
+from psigraph.ir.regime import Regime
 from psigraph.options import SessionOptions
-from psigraph.passes.prefill import prefill_graph
+from psigraph.passes.pipeline import PIPELINE
 from psigraph.passes.use_sampler import SAMPLER
 from psigraph.runtime import host
-from psigraph.runtime.cuda.compiler import compile_program
+from psigraph.runtime.cuda.compiler import CompiledKernel, compile_program
 from psigraph.runtime.cuda.driver import Driver
 from psigraph.runtime.cuda.kernel_cache import KernelCache
-from psigraph.runtime.engine import Engine
-from psigraph.runtime.prefill import FEWEST, PrefillPlan
+from psigraph.runtime.engine import FEWEST, Engine, PrefillMaker, PrefillPlan
 from psigraph.runtime.synth import model as synth
 from psigraph.runtime.synth.model import Size, write_synth
 from psigraph.runtime.synth.vocab import SMALLEST
@@ -104,7 +102,7 @@ def test_every_length_gives_what_token_by_token_gives(
     assert np.mean(divergences) <= MEAN_KL
     assert np.max(divergences) <= LARGEST_KL
     assert np.max(divergences) <= 5e-5, "halves are better than the bar by far; more than this is a mistake"
-    assert chunked.prefill == f"own kernels, {CHUNK_TOKENS} tokens at once"
+    assert chunked.prefill == f"own kernels, {PREFILL_ROWS} tokens at once"
 
 
 def test_decoding_goes_on_and_repeats_bit_for_bit(chunked: Session, small: Path, ids: list[int]) -> None:
@@ -196,58 +194,37 @@ def test_sampling_sees_the_prompt(chunked: Session, small: Path, ids: list[int])
     assert found[0][1][:30] == ids[:30]
 
 
-class NumpyLibrary:
-    """Stands where a GPU has cuBLASLt."""
-
-    name = "numpy"
-
-    def __init__(self, driver: Driver) -> None:
-        self.driver, self.prepared, self.closed = driver, set[tuple[int, ...]](), False
-
-    def prepare(self, rows: int, tokens: int, columns: int) -> None:
-        self.prepared.add((rows, tokens, columns))
-
-    def product(
-        self, w: int, x: int, c: int, y: int, rows: int, tokens: int, columns: int, add: bool, up: int, stream: Any
-    ) -> None:
-        assert (rows, tokens, columns) in self.prepared
-        self.driver.call("cuStreamSynchronize", stream)
-        multiply_in_numpy(w, x, c, y, rows, tokens, columns, int(add), up)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def engine_with(path: Path, prefill: Any, driver: Driver) -> Engine:
+def engine_with(path: Path, prefill: PrefillMaker | None, driver: Driver, graph: bool = False) -> Engine:
     with open_model(path, 768) as model:
         program = build_program(model, target_for("host"), ("logits",), sampling=True)
         compiled = compile_program(program, "host", KernelCache(None))
         constants = {SAMPLER: SamplerSettings(temperature=0.0).words()}
-        return Engine(driver, program, compiled, model, graph=False, prefill=prefill, constants=constants)
+        return Engine(driver, program, compiled, model, graph=graph, prefill=prefill, constants=constants)
 
 
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    host.activate(sms=4)
-    with Driver(0) as opened:
-        yield opened
+def maker(path: Path, context: int = 768, library: Callable[[], NumpyLibrary] | None = None) -> PrefillMaker:
+    """What makes the prompt's step of a model with such a context."""
+
+    def make(program: Program, compiled: Mapping[str, CompiledKernel]) -> PrefillPlan:
+        with open_model(path, context) as model:
+            graph = model.graph((), sampling=True, rows=PREFILL_ROWS)
+        both = with_prefill(program, graph, target_for("host"), library=library is not None)
+        known = compile_program(both, "host", KernelCache(None), known=compiled)
+        return PrefillPlan(both, known, library() if library else None)
+
+    return make
 
 
 def test_a_library_gives_the_same(small: Path, by_steps: dict[int, np.ndarray], ids: list[int], driver: Driver) -> None:
     before = host.live()
     library = NumpyLibrary(driver)
-
-    def make() -> PrefillPlan:
-        with open_model(small, 768) as model:
-            program = lower_prefill(
-                prefill_graph(model.graph((), sampling=True), CHUNK_TOKENS), target_for("host"), library=True
-            )
-        return PrefillPlan(program, compile_program(program, "host", KernelCache(None)), library)
-
-    with engine_with(small, make, driver) as engine:
+    with engine_with(small, maker(small, library=lambda: library), driver) as engine:
         engine.feed(ids[:8])  # the first chunk comes, and is made ready, in the middle
         engine.feed(ids[8:33])
         assert divergence(by_steps[33], engine.logits()) <= 5e-5
+        assert engine.prefill_way == f"numpy, {PREFILL_ROWS} tokens at once"
+        products = [launch for launch in engine.program.step(PREFILL).launches if isinstance(launch, LibraryProduct)]
+        assert {(one.rows, one.tokens, one.columns) for one in products} == library.prepared
         engine.reset()
         engine.feed(ids[:513])
         assert divergence(by_steps[513], engine.logits()) <= 5e-5
@@ -259,7 +236,7 @@ def test_a_library_gives_the_same(small: Path, by_steps: dict[int, np.ndarray], 
 def test_where_no_chunk_can_be_made_prompts_take_steps(
     error: Exception, small: Path, by_steps: dict[int, np.ndarray], ids: list[int], driver: Driver
 ) -> None:
-    def make() -> PrefillPlan:
+    def make(*_: object) -> PrefillPlan:
         raise error
 
     with engine_with(small, make, driver) as engine:
@@ -274,7 +251,7 @@ def test_where_no_chunk_can_be_made_prompts_take_steps(
 def test_an_explicit_way_that_cannot_be_made_is_an_error_every_time(
     small: Path, ids: list[int], driver: Driver
 ) -> None:
-    def make() -> PrefillPlan:
+    def make(*_: object) -> PrefillPlan:
         raise UnsupportedModelError("no kernel")
 
     with engine_with(small, make, driver) as engine:
@@ -285,14 +262,112 @@ def test_an_explicit_way_that_cannot_be_made_is_an_error_every_time(
             assert engine.position == 0
 
 
-def test_a_program_of_another_model_is_refused(small: Path, ids: list[int], driver: Driver) -> None:
-    def make() -> PrefillPlan:
-        with open_model(small, 512) as model:
-            program = lower_prefill(prefill_graph(model.graph((), sampling=True), CHUNK_TOKENS), target_for("host"))
-        return PrefillPlan(program, {})
+def test_a_step_of_another_context_is_refused(small: Path, ids: list[int], driver: Driver) -> None:
+    with engine_with(small, maker(small, context=512), driver) as engine:
+        engine.must_prefill = "prefill own"
+        with pytest.raises(UnsupportedModelError, match=r"^prefill own: the steps .* keep k_cache\.0 differently"):
+            engine.feed(ids[:33])
 
-    with engine_with(small, make, driver) as engine, pytest.raises(UsageError, match="the decode step keeps no"):
+
+def test_another_program_makes_its_prompts_step_anew(
+    small: Path, by_steps: dict[int, np.ndarray], ids: list[int], driver: Driver
+) -> None:
+    """Adopted without a step for prompts, as while launch shapes are tuned."""
+    before = host.live()
+    libraries: list[NumpyLibrary] = []
+
+    def library() -> NumpyLibrary:
+        libraries.append(NumpyLibrary(driver))
+        return libraries[-1]
+
+    # Kernel by kernel: numpy multiplies while a step is queued, which nothing can capture.
+    with engine_with(small, maker(small, library=library), driver) as engine:
+        plain, kernels = engine.program, engine.compiled
         engine.feed(ids[:33])
+        both, logits = engine.program, engine.logits()
+        assert [step.name for step in both.steps] == ["decode", PREFILL]
+        engine.adopt(plain, kernels)
+        assert engine.prefill_way == "by chunks, from the first prompt on"
+        assert [one.closed for one in libraries] == [True]
+        engine.reset()
+        engine.feed(ids[:33])
+        assert engine.logits().tobytes() == logits.tobytes()
+        assert engine.program == both
+        assert [one.closed for one in libraries] == [True, False]
+    assert host.live() == before
+
+
+def test_a_program_that_is_refused_changes_nothing(small: Path, ids: list[int], driver: Driver) -> None:
+    with open_model(small, 512) as model:
+        other = build_program(model, target_for("host"), ("logits",), sampling=True)
+    with engine_with(small, maker(small), driver, graph=True) as engine:
+        engine.feed(ids[:33])
+        program, logits = engine.program, engine.logits()
+        with pytest.raises(UsageError, match=r"the other program keeps \S+ differently; open a new engine"):
+            engine.adopt(other, engine.compiled)
+        assert engine.program == program
+        engine.reset()
+        host.inject(0, 0)  # empties the log of calls
+        engine.feed(ids[:33])
+        assert host.calls().count("cuGraphLaunch") == 2, "a chunk and a step, both replayed"
+        assert engine.logits().tobytes() == logits.tobytes()
+
+
+def test_an_adopted_program_keeps_its_prompts_step(small: Path, ids: list[int], driver: Driver) -> None:
+    made: list[Program] = []
+
+    def make(program: Program, compiled: Mapping[str, CompiledKernel]) -> PrefillPlan:
+        made.append(program)
+        return maker(small)(program, compiled)
+
+    with engine_with(small, make, driver, graph=True) as engine:
+        engine.feed(ids[:33])
+        logits = engine.logits()
+        engine.adopt(engine.program, engine.compiled)
+        engine.reset()
+        engine.feed(ids[:33])
+        assert engine.logits().tobytes() == logits.tobytes()
+        assert len(made) == 1
+
+
+def test_a_chunk_is_timed_and_leaves_the_engine_usable(
+    small: Path, by_steps: dict[int, np.ndarray], ids: list[int], driver: Driver
+) -> None:
+    with engine_with(small, maker(small), driver, graph=True) as engine:
+        for position in (0, 768 - 40):
+            assert (engine.chunk_times(ids[:40], 3, position) > 0).tolist() == [True] * 3
+        with pytest.raises(UsageError, match="40 tokens from position 729 exceed the context of 768"):
+            engine.chunk_times(ids[:40], 1, 729)
+        assert engine.position == 0
+        with pytest.raises(UsageError, match=r"513 tokens do not go in by one chunk: own kernels, 512 tokens at once"):
+            engine.chunk_times(ids[:513], 1)
+        engine.feed(ids[:33])
+        assert divergence(by_steps[33], engine.logits()) <= 5e-5
+    with (
+        engine_with(small, None, driver) as engine,
+        pytest.raises(UsageError, match="40 tokens do not go in by one chunk: token by token: switched off"),
+    ):
+        engine.chunk_times(ids[:40], 1)
+
+
+OF_PROMPTS = tuple(step.name for step in PIPELINE if Regime.MANY in step.regimes and not step.lowering)
+
+
+@pytest.mark.parametrize("disable", [*[(name,) for name in OF_PROMPTS], OF_PROMPTS], ids="+".join)
+def test_a_pass_that_is_disabled_is_off_in_prompts_too(
+    disable: tuple[str, ...], small: Path, by_steps: dict[int, np.ndarray], ids: list[int], chunked: Session
+) -> None:
+    """By other kernels, and still by chunks."""
+    fused = chunked.engine
+    with open_session(small, SessionOptions("host", prefill="own", disable=disable, **OPTIONS)) as session:
+        session.feed(ids[:33])
+        assert session.prefill == f"own kernels, {PREFILL_ROWS} tokens at once"
+        assert divergence(by_steps[33], session.engine.logits()) <= 5e-5
+        assert isinstance(session.engine, Engine)
+        assert isinstance(fused, Engine)
+        fused.prepare_prefill()
+        launches = [len(engine.program.step(PREFILL).launches) for engine in (session.engine, fused)]
+        assert launches[0] > launches[1]
 
 
 def test_ways_that_do_not_exist(small: Path) -> None:

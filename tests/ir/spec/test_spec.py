@@ -29,7 +29,7 @@ def test_binding_chooses_the_type_of_the_caches():
     graph = QWEN3.graph(bind(kv_type="q8"))
     verify(graph)
     types = {str(param.type) for param in graph.params if "_cache." in param.name}
-    assert types == {"q8[2,16,128]"}
+    assert types == {"q8[1,2,16,128]"}
     fused, _ = run_pipeline(graph)
     verify(fused, lowered=True)
     assert fused.param("v_cache.0").type.dtype == "q8"
@@ -41,15 +41,24 @@ def test_names_and_results_of_the_graph():
     graph = Small(layers=2).graph("logits")
     params = {param.name: param for param in graph.params}
     assert params["blk.1.ffn_down.weight"].kind == "weight"
-    assert str(params["k_cache.1"].type) == "f16[2,16,128]"
-    assert str(params["log"].type) == "i32[16]"
+    assert str(params["k_cache.1"].type) == "f16[1,2,16,128]"
+    assert str(params["log"].type) == "i32[1,16]"
     assert params["end_tokens"].kind == "constant"
-    states = ["token", "position", "stop", "log", "k_cache.0", "k_cache.1", "v_cache.0", "v_cache.1"]
+    states = ["tokens", "positions", "stop", "log", "k_cache.0", "k_cache.1", "v_cache.0", "v_cache.1"]
     assert [name for name, _ in graph.results] == [*states, "logits"]
     producers = graph.producers()
     assert producers["L1.q"].op == "matvec"
     assert producers["L1.h.2"].ins[0].name == "L1.x"
     verify(graph)
+
+
+def test_a_graph_has_as_many_rows_and_sequences_as_are_asked_for():
+    graph = Small(sequences=4).graph("logits", rows=7)
+    verify(graph)
+    types = {param.name: str(param.type) for param in graph.params}
+    assert [types[name] for name in ("tokens", "positions", "sequences")] == ["i32[7]"] * 3
+    assert (types["stop"], types["log"], types["v_cache.0"]) == ("i32[4]", "i32[4,16]", "f16[4,2,16,128]")
+    assert {str(value.type) for name, value in graph.results if name == "logits"} == {"f32[7,48]"}
 
 
 def test_every_node_names_its_line():
@@ -151,8 +160,8 @@ def test_positions_that_are_not_rescaled_may_say_so():
 def test_unknown_output():
     with pytest.raises(UsageError, match="computes no output logit"):
         Small().graph("logit")
-    with pytest.raises(UsageError, match="computes no output token"):
-        Small().graph("token")
+    with pytest.raises(UsageError, match="computes no output tokens"):
+        Small().graph("tokens")
 
 
 # A second architecture: a YAML file and nothing else.
@@ -179,16 +188,17 @@ weights:
   up:        l{layer}.up [2 * hidden, hidden]
   down:      l{layer}.down [hidden, 2 * hidden]
 state:
-  token: i32[1]
-  position: i32[1]
-  stop: i32[1]
-  log: i32[context]
-  keys.{layer}: f16[heads, context, head_dim]
-  values.{layer}: f16[heads, context, head_dim]
+  tokens: i32[rows]
+  positions: i32[rows]
+  sequences: i32[rows]
+  stop: i32[max_sequences]
+  log: i32[max_sequences, context]
+  keys.{layer}: f16[max_sequences, heads, context, head_dim]
+  values.{layer}: f16[max_sequences, heads, context, head_dim]
 constants:
   end_tokens: i32[8]
 before: |
-  %x = embed(%embedding, %token)
+  %x = embed(%embedding, %tokens)
 layer: |
   %h = rms_norm(%x, %norm) {eps=1e-05}
   %q = matvec(%h, %qkv)
@@ -197,11 +207,11 @@ layer: |
   %q_heads = split_heads(%q) {heads=$heads}
   %k_heads = split_heads(%ks) {heads=$heads}
   %v_heads = split_heads(%vs) {heads=$heads}
-  %q_turned = rope(%q_heads, %position) {theta=$theta}
-  %k_turned = rope(%k_heads, %position) {theta=$theta}
-  %keys = cache_append(%keys, %k_turned, %position)
-  %values = cache_append(%values, %v_heads, %position)
-  %a = attention(%q_turned, %keys, %values, %position) {scale=$scale}
+  %q_rotated = rope(%q_heads, %positions) {theta=$theta}
+  %k_rotated = rope(%k_heads, %positions) {theta=$theta}
+  %keys = cache_append(%keys, %k_rotated, %positions, %sequences)
+  %values = cache_append(%values, %v_heads, %positions, %sequences)
+  %a = attention(%q_rotated, %keys, %values, %positions, %sequences) {scale=$scale}
   %a = merge_heads(%a)
   %o_out = matvec(%a, %o)
   %x = add(%o_out, %x)
@@ -213,10 +223,10 @@ layer: |
   %x = add(%x, %d)
 after: |
   %logits = matvec(%x, %embedding)
-  %token = argmax(%logits)
-  %log = record(%log, %token, %position)
-  %stop = stop_on(%token, %end_tokens, %stop)
-  %position = advance(%position)
+  %tokens = argmax(%logits)
+  %log = record(%log, %tokens, %positions, %sequences)
+  %stop = stop_on(%tokens, %end_tokens, %stop, %positions, %sequences)
+  %positions = advance(%positions)
 """
 HEADER = {"general.architecture": "small", "small.blocks": 2, "small.context": 16, "small.width": 64, "small.heads": 4}
 
@@ -270,7 +280,7 @@ def load_and_unroll(path):
         ("    linear:\n      sizes:", "    linear:\n      size:", "    size: [", "no such field: size (known: sizes,"),
         ("head_dim ** -0.5", "factor ** -0.5", "  scale:", "no size is called factor here"),
         ("theta > 1:", "thera > 1:", "thera > 1", "no size is called thera here"),
-        ("{theta=$theta,", "{theta=$thera,", "%q_turned", "no size is called thera (did you mean theta?)"),
+        ("{theta=$theta,", "{theta=$thera,", "%q_rotated", "no size is called thera (did you mean theta?)"),
         ("{scale=$scale}", "", "%a_heads =", "attention needs the attribute scale"),
         ("{scale=$scale}", "{scale=$scale, sink=1}", "%a_heads =", "attention has no attribute sink"),
         ("{scale=$scale}", "{scale=$heads}", "%a_heads =", "attention wants scale as float, not"),
@@ -278,7 +288,7 @@ def load_and_unroll(path):
         ("%down = matvec", "%down, %p = matvec", "%down, %p", "matvec has 1 results"),
         ("%down = matvec", "%ffn_down = matvec", "%ffn_down = m", "%ffn_down cannot be assigned"),
         ("%x = embed", "%x: f32[4] = embed", "%x: f32[4]", "%x takes no type here"),
-        ("%x = embed(%token_embd, %token)", "%x = embed(%ffn_up, %token)", "%x = embed", "%ffn_up is not known here"),
+        ("%x = embed(%token_embd, %tokens)", "%x = embed(%ffn_up, %tokens)", "%x = embed", "%ffn_up is not known here"),
         ("matvec(%a, %attn_output)", "matvec(%h, %attn_output)", "%o = matvec", "w0 is q4_k[256,512], wanted"),
         ("  %gate = matvec", "  %gate + matvec", "%gate + ", "cannot read '+'"),
         ("value: head_dim ** -0.5", "value: heads_dim ** -0.5", "scale: ", "no size is called heads_dim here"),
@@ -290,9 +300,9 @@ def load_and_unroll(path):
          "token_embd is no weight of the same shape"),
         ("attn_norm.weight [hidden]", "attn_norm.weight hidden", "  attn_norm: ", "wanted `tensor.name [rows"),
         ("attn_norm.weight [hidden]", "attn_norm.weight [hid den]", "  attn_norm: ", "is no expression"),
-        ("i32[context]", "i33[context]", "  log: ", "wanted `dtype[extent, ...]`"),
+        ("i32[max_sequences, context]", "i33[max_sequences, context]", "  log: ", "wanted `dtype[extent, ...]`"),
         ("before: |", "before: >", "before: >", "literal block"),
-        ("\nstate:", "\nstates:", "  token: ", "states: no such part (did you mean state?)"),
+        ("\nstate:", "\nstates:", "  tokens: ", "states: no such part (did you mean state?)"),
         ("  %up = matvec(%h, %ffn_up)\n", "  %up = matvec(%h, %ffn_gate)\n", "  ffn_up: ", "ffn_up is never used"),
         ("v_cache.{layer}:", "v_{layer}_cache:", "v_{layer}_cache", "belongs at the end"),
         ("heads % kv_heads == 0:", "heads % kv_head == 0:", "heads % kv_head ", "no size is called kv_head here"),

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ import pytest
 
 from psigraph.bench.baseline import compare_reports
 from psigraph.bench.tuned import load_tuned, save_tuned, tuned_path
+from psigraph.build import build_program, open_model, with_prefill
+from psigraph.codegen.lower import PREFILL_ROWS
+from psigraph.codegen.target import target_for
 from psigraph.ir.errors import UsageError
+from psigraph.ir.regime import Regime
 
 TINY = Path(__file__).parents[3] / "fixtures" / "tiny" / "tiny-qwen3-q4_k_m.gguf"
 
@@ -39,7 +44,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     work = ["--max-new-tokens", "4", "--repeats", "2", "--prompt-token-ids", "5,6"]
     done = psigraph(
         *["bench", "--model-path", str(TINY), "--backend", "host", *work],
-        *["--profile", "--json-out", str(folder / "report.json")],
+        *["--profile", "--prompt-tokens", "12", "--json-out", str(folder / "report.json")],
         cache=folder / "cache",
     )
     assert done.returncode == 0, done.stderr
@@ -48,7 +53,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 def test_profile_has_a_row_for_every_kernel_of_the_step(measured: tuple[Path, dict[str, Any], str]) -> None:
     _, report, printed = measured
-    rows = {row["name"]: row for row in report["kernels"]}
+    rows = {row["name"]: row for row in report["kernels"] if row["step"] == "decode"}
     assert sum(row["launches"] for row in rows.values()) == 42 + 1  # 8 layers x 5, embedding, head, between steps
     assert rows["rope_attention"]["launches"] == 8
     assert all(row["us"] >= 0 for row in rows.values())
@@ -57,6 +62,39 @@ def test_profile_has_a_row_for_every_kernel_of_the_step(measured: tuple[Path, di
     assert weights == report["artifact"]["bytes_per_token"] - cache_of_mean_position
     assert "hand-over" in printed
     assert report["timings"]["profile"]["rows_us"] == pytest.approx(sum(row["us"] for row in rows.values()))
+
+
+def test_profile_has_a_row_for_every_kernel_of_a_prompts_chunk(measured: tuple[Path, dict[str, Any], str]) -> None:
+    _, report, printed = measured
+    rows = {row["name"]: row for row in report["kernels"] if row["step"] == "prefill"}
+    with open_model(TINY) as model:
+        graph = model.graph(rows=PREFILL_ROWS)
+        program = with_prefill(build_program(model, target_for("host")), graph, target_for("host"))
+    want = Counter(launch.kernel for launch in program.step("prefill").kernels)
+    assert {name: row["launches"] for name, row in rows.items()} == {**want, "between steps": 1}
+    assert all(row["us"] >= 0 for row in rows.values())
+    assert sum(row["own_us"] > 0 for row in rows.values()) >= len(want)
+    prompt = report["timings"]["prompt"]
+    assert prompt["way"] == f"own kernels, {PREFILL_ROWS} tokens at once"
+    assert prompt["profile"]["rows_us"] == pytest.approx(sum(row["us"] for row in rows.values()))
+    assert "the first chunk of 12 tokens: " in printed
+    assert all(printed.count(f"  {name} ") == 1 for name in want)
+
+
+def test_a_prompt_that_takes_steps_has_no_chunk_in_the_profile(
+    measured: tuple[Path, dict[str, Any], str], tmp_path: Path
+) -> None:
+    done = psigraph(
+        *["bench", "--model-path", str(TINY), "--backend", "host", "--max-new-tokens", "1", "--repeats", "1"],
+        *["--prompt-token-ids", "5", "--profile", "--prompt-tokens", "12", "--prefill", "off"],
+        *["--json-out", str(tmp_path / "report.json")],
+        cache=measured[0],
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {row["step"] for row in report["kernels"]} == {"decode"}
+    assert "profile" not in report["timings"]["prompt"]
+    assert "first chunk" not in done.stdout
 
 
 def test_profile_leaves_the_engine_as_it_was(measured: tuple[Path, dict[str, Any], str]) -> None:
@@ -132,7 +170,7 @@ def test_ablate_has_a_row_for_every_pass_and_feature(
     from psigraph.passes.pipeline import PIPELINE
 
     done = psigraph(
-        *["ablate", str(TINY), "--backend", "host", "--depth", "1", "--steps", "4"],
+        *["ablate", str(TINY), "--backend", "host", "--depth", "1", "--steps", "4", "--prompt-tokens", "12"],
         *["--json-out", str(tmp_path / "ablation.json")],
         cache=measured[0],
     )
@@ -144,6 +182,13 @@ def test_ablate_has_a_row_for_every_pass_and_feature(
     assert rows["everything on"]["kernels"] == 42
     assert all(rows[name]["kernels"] > 42 for name in (*passes, "all passes"))
     assert all(row["step_us"] > 0 for row in rows.values())
+    assert (record["schema"], record["prompt_tokens"]) == ("psigraph.ablation.v1", 12)
+    of_prompts = [f"pass {entry.name}" for entry in PIPELINE if not entry.lowering and Regime.MANY in entry.regimes]
+    timed = [name for name, row in rows.items() if "prompt_us" in row]
+    assert timed == ["everything on", *of_prompts, "all passes", "everything on, again"]
+    assert all(rows[name]["prompt_us"] > 0 for name in timed)
+    assert done.stdout.count("   prompt ") == len(timed)
+    assert "at depth 1; prompts of 12 tokens, own kernels, 512 tokens at once\n" in done.stdout
 
 
 def test_tuned_shapes_survive_only_if_they_make_sense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

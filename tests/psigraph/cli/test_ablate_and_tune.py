@@ -48,6 +48,11 @@ def test_ablate_names_what_fills_the_context(capsys: pytest.CaptureFixture[str])
     assert "--depth and --steps fill 2173 positions, the model's context has 2048; lower one" in capsys.readouterr().err
 
 
+def test_ablate_measures_one_chunk_of_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["ablate", str(Q4), "--backend", "host", "--prompt-tokens", "513"]) == 2
+    assert "--prompt-tokens 513: one chunk is measured, of at most 512 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seconds", ["nan", "0", "inf", "soon"])
 def test_tune_takes_a_number_of_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["tune", str(Q4), "--backend", "host", "--seconds", seconds]) == 2

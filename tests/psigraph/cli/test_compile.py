@@ -12,7 +12,11 @@ from tiny_model import Q4, changed
 
 from psigraph.build import fuse, open_model
 from psigraph.cli import run
+from psigraph.codegen.device import device_headers
+from psigraph.codegen.emitters import EMITTERS
+from psigraph.codegen.lower import PREFILL_ROWS, is_view
 from psigraph.inspect import compilation
+from psigraph.ir.regime import Regime
 from psigraph.ir.text import parse_graph
 from psigraph.passes.pipeline import PIPELINE
 from psigraph.runtime.synth.model import synth_model, write_synth
@@ -32,25 +36,37 @@ def compiled(tmp_path_factory: pytest.TempPathFactory, kernel_cache: Path) -> Pa
 
 
 def test_the_folder_holds_every_stage(compiled: Path) -> None:
-    names = ["input", *(step.name for step in PIPELINE)]
-    assert sorted(path.name for path in (compiled / "ir").iterdir()) == [
-        f"{number:02}-{name}.txt" for number, name in enumerate(names)
-    ]
-    with open_model(Q4) as model:
-        fused = fuse(model.graph())[0]
-    assert parse_graph((compiled / "fused.txt").read_text()) == fused
-    assert (compiled / "fused.dot").read_text().startswith("digraph")
-    assert json.loads((compiled / "fused.json").read_text())["nodes"]
     program = json.loads((compiled / "program.json").read_text())
-    assert [launch["nodes"] for launch in program["launches"]] == [
-        [out.name for out in node.outs] for node in fused.nodes
-    ]
+    assert program["schema"] == "psigraph.program.v2"
+    assert [step["name"] for step in program["steps"]] == ["decode", "prefill"]
+    for step, regime, folder in zip(
+        program["steps"], (Regime.STEP, Regime.MANY), (compiled, compiled / "prefill"), strict=True
+    ):
+        names = ["input", *(entry.name for entry in PIPELINE if regime in entry.regimes)]
+        assert sorted(path.name for path in (folder / "ir").iterdir()) == [
+            f"{number:02}-{name}.txt" for number, name in enumerate(names)
+        ]
+        passes = program["passes" if step["name"] == "decode" else "prefill_passes"]
+        assert [entry["name"] for entry in passes] == names[1:]
+        with open_model(Q4) as model:
+            fused = fuse(model.graph(rows=step["rows"]), regime=regime)[0]
+        assert parse_graph((folder / "fused.txt").read_text()) == fused
+        assert (folder / "fused.dot").read_text().startswith("digraph")
+        assert json.loads((folder / "fused.json").read_text())["nodes"]
+        assert step["regime"] == str(regime)
+        assert [launch["nodes"] for launch in step["launches"]] == [
+            [out.name for out in node.outs] for node in fused.nodes if not is_view(node)
+        ]
+        prefix = "prefill_" if regime is Regime.MANY else ""
+        assert all(launch["kernel"].startswith(prefix) for launch in step["launches"])
+        assert set(program["kernels"]) >= {launch["kernel"] for launch in step["launches"]}
+    assert [step["rows"] for step in program["steps"]] == [1, PREFILL_ROWS]
     for arch, folder in (("sm_90a", compiled / "kernels"), ("sm_80", compiled / "kernels" / "sm_80")):
         texts = {path.stem for path in folder.glob("*.cu")}
         cubins = list((compiled / "cubins" / arch).iterdir())
         assert {path.stem for path in cubins} == texts
         assert all(path.read_bytes().startswith(b"\x7fELF") for path in cubins)
-        assert (folder / "psigraph_device.cuh").is_file()
+        assert {path.name: path.read_text() for path in folder.glob("*.cuh")} == device_headers()
     other = json.loads((compiled / "program.sm_80.json").read_text())
     assert (program["arch"], other["arch"]) == ("sm_90a", "sm_80")
     assert all(found["spill_bytes"] == 0 for found in (*program["resources"].values(), *other["resources"].values()))
@@ -89,7 +105,10 @@ def test_a_second_run_replaces_the_first_and_a_failed_one_leaves_it(
     assert run([*given, "--disable-pass", "fuse_swiglu"]) == 0
     program = (out / "program.json").read_text()
     assert "old" not in program
-    assert [step["name"] for step in json.loads(program)["passes"] if step["disabled"]] == ["fuse_swiglu"]
+    for passes in ("passes", "prefill_passes"):
+        assert [step["name"] for step in json.loads(program)[passes] if step["disabled"]] == ["fuse_swiglu"]
+    for folder in (out, out / "prefill"):
+        assert "matvec_swiglu" not in (folder / "fused.txt").read_text()
 
     written = compilation._write
 
@@ -179,6 +198,13 @@ STAGES = (
     ["--stage", "program"],
     ["--stage", "program", "--layer", "7"],
     ["--stage", "prompt", "--layer", "0"],
+    ["--step", "prefill", "--stage", "model", "--layer", "1"],
+    ["--step", "prefill", "--after", "halve_activations", "--format", "json"],
+    ["--step", "prefill", "--diff", "drop_unused"],
+    ["--step", "prefill", "--stage", "program"],
+    ["--step", "prefill", "--stage", "program", "--layer", "0"],
+    ["--step", "decode", "--stage", "program"],
+    ["--kernel", "prefill_matvec"],
     ["--kernel", "prefill_attention"],
     ["--kernel", "prefill_attention", "--format", "json", "--layer", "1"],
     ["--after", "fuse_attention", "--format", "dot"],
@@ -232,10 +258,48 @@ def test_a_layer_that_does_not_launch_the_kernel(
 def test_a_diff_shows_what_the_pass_did_and_only_that(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(compiled), "--diff", "fuse_swiglu", "--layer", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if line.startswith("+ ")).startswith("+  %L0.act: f32[768] = matvec_swiglu(")
+    assert next(line for line in lines if line.startswith("+ ")).startswith("+  %L0.act: f32[1,768] = matvec_swiglu(")
     assert sum(line.startswith("- ") for line in lines) == 3
     assert run(["inspect", str(compiled), "--diff", "fuse_choice", "--layer", "0"]) == 0
     assert capsys.readouterr().out == "fuse_choice changed nothing here\n"
+
+
+def test_a_prompts_passes_and_launches_are_shown_as_those_of_a_step(
+    compiled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*arguments: str) -> str:
+        assert run(["inspect", str(compiled), *arguments]) == 0
+        return capsys.readouterr().out
+
+    graph = shown("--stage", "prompt", "--layer", "0")
+    assert graph == shown("--step", "prefill", "--stage", "fused", "--layer", "0")
+    assert f"f32[{PREFILL_ROWS},256]" in graph
+    lines = shown("--step", "prefill", "--diff", "fuse_swiglu", "--layer", "0").splitlines()
+    assert any(line.startswith(f"+  %L0.act: f32[{PREFILL_ROWS},768] = matvec_swiglu(") for line in lines)
+    program = shown("--step", "prefill", "--stage", "program")
+    assert " launches a chunk, " in program
+    assert "prefill_attention" in program
+    assert "rope_attention" not in program
+    decode = shown("--stage", "program")
+    assert "42 launches a token, 5 a layer" in decode
+    assert "prefill_" not in decode
+    overview = shown("--step", "prefill")
+    assert "drop_choice" in overview
+    assert "prefill_attention" in overview
+    assert "prefill_" not in shown()
+
+
+def test_where_a_prompt_has_no_kernels_its_graphs_are_shown_and_its_launches_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(EMITTERS, ("attention", Regime.MANY))
+    assert run(["inspect", str(Q4), "--step", "prefill", "--stage", "fused", "--layer", "0"]) == 0
+    assert "attention(" in capsys.readouterr().out
+    assert run(["inspect", str(Q4), "--stage", "program"]) == 0
+    assert "launches a token" in capsys.readouterr().out
+    assert run(["inspect", str(Q4), "--step", "prefill", "--stage", "program"]) == 2
+    why = "prompts go in token by token: op attention has no kernel for many rows"
+    assert f"--step prefill: {why}" in capsys.readouterr().err
 
 
 def test_the_overview(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,15 +324,15 @@ def test_the_type_of_the_cache_shows_at_every_stage(
     for stage in ("model", "fused", "prompt"):
         assert run([*given, "--stage", stage, "--layer", "0"]) == 0
         shown = capsys.readouterr().out
-        assert "q8[2,2048,128]" in shown
-        assert "f16[2,2048,128]" not in shown
+        assert "q8[1,2,2048,128]" in shown
+        assert "f16[1,2,2048,128]" not in shown
     assert run([*given, "--kernel", "rope_attention"]) == 0
     assert "typedef Q8<128> Cache;" in capsys.readouterr().out
     assert run(["inspect", str(compiled), "--kv-type", "q8"]) == 2
     assert "is compiled already; give the model file instead" in capsys.readouterr().err
     out = tmp_path / "q8"
     assert run(["compile", str(Q4), "--arch", "sm_90a", "--ctx", "64", "--kv-type", "q8", "--out", str(out)]) == 0
-    assert "q8[2,64,128]" in (out / "fused.txt").read_text()
+    assert "q8[1,2,64,128]" in (out / "fused.txt").read_text()
     record = json.loads((out / "program.json").read_text())
     assert {b["nbytes"] for b in record["buffers"] if b["dtype"] == "q8"} == {2 * 64 * 136}
 
@@ -285,6 +349,10 @@ def test_the_type_of_the_cache_shows_at_every_stage(
         (["--diff", "merge_qkv", "--format", "json"], "--format json"),
         (["--stage", "kernel"], "--stage"),
         (["--kv-type", "q4"], "--kv-type"),
+        (["--step", "few"], "--step"),
+        (["--step", "decode", "--stage", "prompt"], "--stage prompt is a stage of --step prefill"),
+        (["--step", "prefill", "--after", "fuse_attention"], "the passes are drop_choice, merge_qkv"),
+        (["--diff", "halve_activations"], "the passes are merge_qkv"),
     ],
 )
 def test_inspect_refuses(arguments: list[str], named: str, compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ from psigraph.options import SessionOptions
 from psigraph.session import open_session
 with open_session({str(Q4)!r}, SessionOptions("host", ctx=16)) as session:
     session.feed({prompt!r})
-    launches = session.program.launches
+    launches = session.program.step().kernels
     largest = max(launch.shared_bytes for launch in launches)
     print(any(launch.programmatic for launch in launches), largest <= {most} * 1024)
     print([token for chunk in session.decode(2) for token in chunk])

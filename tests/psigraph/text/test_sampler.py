@@ -88,7 +88,7 @@ def test_requests_to_the_tiny_model(tmp_path: Path) -> None:
     host.activate(sms=4)
     with Driver(0) as driver, open_model(Q8, 256) as model:
         program = build_program(model, target_for("host", 4), sampling=True)
-        assert [launch.nodes[0] for launch in program.launches[-3:]] == ["logits", "adjusted", "token.2"]
+        assert [launch.nodes[0] for launch in program.step().kernels[-3:]] == ["logits", "adjusted", "tokens.2"]
         compiled = compile_program(program, "host", KernelCache(tmp_path))
 
         def request(engine: Engine, settings: SamplerSettings) -> list[int]:

@@ -1,0 +1,1 @@
+"""Emitters: a node -> its kernel's text and launch."""

@@ -1,0 +1,55 @@
+"""Tokens on their way to the host while steps are replayed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .cuda.driver import HostMemory
+from .stream import Stream
+
+AHEAD = 3  # chunks of tokens that are under way at once
+
+
+@dataclass
+class _Chunk:
+    """Tokens on their way to the host."""
+
+    first: int
+    count: int
+    event: Any
+    memory: HostMemory
+
+
+def replayed(stream: Stream, step: Callable[[], None], log: int, count: int, chunk: int) -> Iterator[list[int]]:
+    """`count` tokens in chunks, the first of them chosen by the step that is queued already; see `Engine.decode`.
+
+    step: queues one more. log: the address of the first token in the log.
+    """
+    waiting: deque[_Chunk] = deque()
+    spare: list[tuple[Any, HostMemory]] = []
+    queued, steps = 0, 0
+    try:
+        while queued < count or waiting:
+            while queued < count and len(waiting) < AHEAD:
+                size = min(chunk, count - queued)
+                while steps < queued + size - 1:
+                    step()
+                    steps += 1
+                event, memory = spare.pop() if spare else (stream.event(), stream.pinned(chunk * 4))
+                stream.call("cuMemcpyDtoHAsync", memory.address, log + 4 * queued, size * 4, stream.handle)
+                stream.call("cuEventRecord", event, stream.handle)
+                waiting.append(_Chunk(queued, size, event, memory))
+                queued += size
+            ready = waiting.popleft()
+            stream.call("cuEventSynchronize", ready.event)
+            tokens = np.frombuffer(ready.memory.view, dtype=np.int32)[: ready.count].tolist()
+            spare.append((ready.event, ready.memory))
+            yield tokens
+    finally:
+        if waiting:  # the consumer left early: nothing may write to freed memory
+            stream.settle()
