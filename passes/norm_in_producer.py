@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..ir.graph import Graph, Value
+from ..ir.ops import OPS
 from .rewriter import Rewriter
 from .rule import Rule, apply_rules
 
@@ -31,6 +32,7 @@ RULES = (
                   %f = rms_factor(%x2) {eps=$eps}""",
         after="%x2, %s, %f = matvec_add_norm(%a, %w, %x, %weight) {eps=$eps}",
         where=_for_all_rows,
+        carried=tuple(OPS["matvec_add"].optional),
     ),
     Rule(
         before="""%x = embed(%table, %tokens)

@@ -54,6 +54,15 @@ class Rule:
         for statement in self.after:
             unknown = [name for name in statement.ins if name not in read | inner | made]
             assert not unknown, f"the rule's after reads %{unknown[0]}, which before does not have"
+        for statement in (*self.before, *self.after):
+            op = OPS.get(statement.op)
+            assert op, f"the rule names the op {statement.op}, for which ir/ops has no row"
+            strange = [key for key, _ in statement.attrs if key not in {*op.attributes, *op.optional}]
+            assert not strange, f"the rule gives {op.name} the attribute {strange[0]}, which its row in ir/ops has not"
+        for key in carried:
+            for name, statements in (("before", self.before), ("after", self.after)):
+                has = any(key in OPS[statement.op].optional for statement in statements)
+                assert has, f"the rule carries {key}, which is optional for no op of {name}: it would be lost"
 
     def apply(self, rewriter: Rewriter) -> int:
         """Rewrites every match, in order of its last line's node; returns how many there were."""

@@ -182,6 +182,7 @@ def _rope_attention(context: EvalContext, ins: list[np.ndarray], attrs: Attribut
     return a.reshape(len(q), -1), k_cache, v_cache
 
 
+_ROPE = "theta=10000.0, factor=4.0, attn_factor=1.0, original=64, beta_fast=32.0, beta_slow=1.0"
 _ROPE_TYPES = "f32[T,64] f32[T,32] f32[T,32] f32[16] f32[16] f16[2,2,40,16] f16[2,2,40,16] i32[T] i32[T]"
 
 OPS = (
@@ -192,7 +193,7 @@ OPS = (
         "pairs (i, i + head_dim/2) rotated by position * theta^(-2i/head_dim); the rest stretches it",
         _rope_rule,
         _rope,
-        "f32[T,2,16] i32[T] {theta=10000.0}",
+        f"f32[T,2,16] i32[T] {{{_ROPE}}}",
         attributes={"theta": float},
         optional=ROPE_SCALING,
     ),
@@ -223,7 +224,7 @@ OPS = (
         "q and k split, normalised per head and rotated; k and v appended to their caches",
         _rope_append_rule,
         _rope_append,
-        f"{_ROPE_TYPES} {{eps=1e-06, theta=10000.0, heads=4, kv_heads=2}}",
+        f"{_ROPE_TYPES} {{eps=1e-06, {_ROPE}, heads=4, kv_heads=2}}",
         attributes={**EPS, "theta": float, **HEADS},
         optional=ROPE_SCALING,
         consumes=CACHES,
@@ -236,7 +237,7 @@ OPS = (
         "rope_append, then attention, heads merged",
         _rope_attention_rule,
         _rope_attention,
-        f"{_ROPE_TYPES} {{eps=1e-06, theta=10000.0, scale=0.25, heads=4, kv_heads=2}}",
+        f"{_ROPE_TYPES} {{eps=1e-06, {_ROPE}, scale=0.25, heads=4, kv_heads=2}}",
         attributes={**EPS, "theta": float, "scale": float, **HEADS},
         optional=ROPE_SCALING,
         may_quantize=("a",),

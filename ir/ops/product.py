@@ -66,6 +66,10 @@ def _scaled_swiglu(context: EvalContext, ins: list[np.ndarray], attrs: Attribute
     return (gated(factor * (s @ gate.T), factor * (s @ up.T)),)
 
 
+RESIDUAL: dict[str, type] = {}
+"""Optional attributes of everything that adds a product to a residual: members of `MatvecAdd` in functions.cuh."""
+
+
 def _matvec_add_rule(t: Types, attrs: Attributes) -> Results:
     rows, _ = t.weight("w", t.factor("x"))
     t.rows("residual", rows)
@@ -174,6 +178,7 @@ OPS = (
         _matvec_add_rule,
         _matvec_add,
         "f32[T,256] f16[40,256] f32[T,40]",
+        optional=RESIDUAL,
         product=True,
         fused=True,
     ),
@@ -186,6 +191,7 @@ OPS = (
         _matvec_add_norm,
         "f32[T,256] f16[48,256] f32[T,48] f32[48] {eps=1e-06}",
         attributes=EPS,
+        optional=RESIDUAL,
         may_quantize=("s",),
         product=True,
         fused=True,
@@ -211,7 +217,7 @@ OPS = (
         "choose of f * (w @ s)",
         _scaled_matvec_choose_rule,
         _scaled_matvec_choose,
-        f"f32[T,256] f32[T,1] f16[40,256] {_CHOICE_TYPES}",
+        f"f32[T,256] f32[T,1] f16[40,256] {_CHOICE_TYPES} {{keep_logits=true}}",
         optional=KEEP,
         product=True,
         consumes=("log", "stop"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +21,11 @@ from psigraph.ir.regime import Regime
 from psigraph.ir.text import parse_graph
 from psigraph.ir.verify import verify
 
-SIGNATURE = "METHOD float operator()(float residual, float product) const"
-OLD = f"struct MatvecAdd {{\n    {SIGNATURE} {{ return residual + product; }}"
-NEW = f"struct MatvecAdd {{\n    float by;\n    {SIGNATURE} {{ return residual + by * product; }}"
+STRUCT = re.compile(r"struct MatvecAdd \{.*?\n\};", re.DOTALL)  # whatever members it has
+NEW = """struct MatvecAdd {
+    float by;
+    METHOD float operator()(float residual, float product) const { return residual + by * product; }
+};"""
 WAYS = [(Regime.STEP, 1, False), (Regime.MANY, 20, False), (Regime.MANY, 20, True)]
 
 
@@ -50,9 +53,9 @@ def lowered(graph: Graph, regime: Regime, library: bool = False) -> Program:
 
 def with_member(program: Program) -> Program:
     """The program with the op's struct as it is where the op has the attribute."""
-    text = program.headers["functions.cuh"]
-    assert OLD in text
-    return replace(program, headers={**program.headers, "functions.cuh": text.replace(OLD, NEW)})
+    text, count = STRUCT.subn(NEW, program.headers["functions.cuh"])
+    assert count == 1, "functions.cuh has no struct MatvecAdd"
+    return replace(program, headers={**program.headers, "functions.cuh": text})
 
 
 @pytest.mark.parametrize(("regime", "rows", "library"), WAYS)

@@ -20,13 +20,6 @@ FUSIONS = tuple(step.name for step in PIPELINE if Regime.MANY in step.regimes an
 # Kernels round weights to halves too, and activations from sums in another order: 4e-8 of mean square each time, some
 # tens of times a layer.
 NMSE, LARGEST = 2e-6, 2e-3
-# What no fused prompt has, and stays where the fusion is off.
-LEFT = {
-    "merge_qkv": set(),
-    "fuse_swiglu": {"swiglu"},
-    "fuse_residual": {"add"},
-    "fuse_rope_append": {"rope", "cache_append", "split_heads"},
-}
 
 
 def prompt(disable: tuple[str, ...]) -> Graph:
@@ -35,10 +28,11 @@ def prompt(disable: tuple[str, ...]) -> Graph:
 
 
 def test_every_fusion_of_prompts_leaves_something_where_it_is_off() -> None:
-    assert set(LEFT) == set(FUSIONS)
-    fused = {node.op for node in prompt(()).nodes}
-    for name, ops in LEFT.items():
-        assert ops <= {node.op for node in prompt((name,)).nodes} - fused, name
+    _, reports = fuse(unfused("q4_k_m", ROWS), regime=Regime.MANY)
+    found = [report.name for report in reports if report.matches and report.name in FUSIONS]
+    assert len(found) >= 4
+    for name in found:  # one for an op that Qwen3 has not finds nothing here
+        assert len(prompt((name,)).nodes) > len(prompt(()).nodes), name
 
 
 @pytest.mark.parametrize("library", [False, True], ids=["own", "library"])

@@ -3,6 +3,8 @@
 There is nothing to add here for a new op: its row has an example, and these tests run it.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from op_examples import ROWS, example
@@ -29,6 +31,17 @@ def test_every_op_has_an_example_that_its_rule_accepts(name):
             op.infer(types, attrs)
         except TypeMismatch as problem:
             pytest.fail(f"{name}: its rule refuses the example of its row in ir/ops: {problem}")
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.optional])
+def test_optional_attributes_are_in_the_example_and_change_the_reference(name):
+    made, optional = example(name), OPS[name].optional
+    missing = [key for key in optional if key not in made.attrs]
+    assert not missing, f"{name}: the example of its row in ir/ops lacks {missing}, so that nothing tests them"
+    plain = replace(made, attrs={key: value for key, value in made.attrs.items() if key not in optional}).compute()
+    found = made.compute()
+    same = found.keys() == plain.keys() and all(np.array_equal(found[key], plain[key]) for key in found)
+    assert not same, f"{name}: its reference in ir/ops gives the same without {list(optional)}"
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
