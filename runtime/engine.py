@@ -287,9 +287,9 @@ class Engine:
         """Logits of the last step, float32[vocabulary]; waits for it."""
         if self._logits is None:
             raise UsageError("this engine was built without logits")
-        name = self._result("logits")
-        address, nbytes = self._loaded.memory.address(name), self.program.buffer(name).nbytes
-        self._stream.call("cuMemcpyDtoHAsync", self._logits.address, address, nbytes, self._stream.handle)
+        memory, name = self._loaded.memory, self._result("logits")
+        nbytes = memory.buffer(name).nbytes
+        self._stream.call("cuMemcpyDtoHAsync", self._logits.address, memory.address(name), nbytes, self._stream.handle)
         self.synchronize()
         return np.frombuffer(self._logits.view, dtype=np.float32).copy()
 
