@@ -35,6 +35,20 @@ class RowView:
     up: int = 0
 
 
+class Parameters:
+    """A kernel's parameters with what a launch gives for them, in order."""
+
+    def __init__(self) -> None:
+        self.parameters: list[str] = []
+        self.args: list[str | int] = []
+
+    def param(self, declaration: str, arg: str | int) -> str:
+        """One more, as C declares it; its name."""
+        self.parameters.append(declaration)
+        self.args.append(arg)
+        return declaration.replace("*", " ").split()[-1]
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One kernel and how to launch it: all of its text but its name.

@@ -116,8 +116,8 @@ class EvalContext:
 class Op:
     """One row of the table: how a node must look and what it computes.
 
-    operands      names in order; a last name that ends in `...` stands for one or more.
-    results       names in order; `...` as above, as many as there are operands of that kind.
+    signature     `name(operands) -> results`, the `name`, `operands` and `results`. A last operand that ends in `...`
+                  stands for one or more, and so do results, as many as there are operands of that kind.
     summary       one line for the documentation.
     rule          operand types and attributes -> result types (f32 where i8x2 or f16 may stand too).
     reference     operand arrays -> result arrays, in numpy.
@@ -133,9 +133,7 @@ class Op:
     fused         made by passes, not written in specs.
     """
 
-    name: str
-    operands: tuple[str, ...]
-    results: tuple[str, ...]
+    signature: str
     summary: str
     rule: TypeRule
     reference: Reference
@@ -148,7 +146,15 @@ class Op:
     extra_result: str = ""
     elementwise: bool = False
     fused: bool = False
+    name: str = field(init=False)
+    operands: tuple[str, ...] = field(init=False)
+    results: tuple[str, ...] = field(init=False)
     _inferred: dict[Any, tuple[TensorType, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        name, operands, results = self.signature.replace("(", " -> ").replace(")", "").split(" -> ")
+        named = {"name": name, "operands": tuple(operands.split(", ")), "results": tuple(results.split(", "))}
+        self.__dict__.update(named)  # frozen for everybody else
 
     @property
     def variadic(self) -> bool:

@@ -40,9 +40,7 @@ typedef unsigned long long u64;
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
 #endif
 
-// ---------------------------------------------------------------------------------------------------------
-// Numbers
-// ---------------------------------------------------------------------------------------------------------
+// == Numbers
 
 #ifdef PSIGRAPH_HOST
 DEVICE float half_to_float(u16 bits) { return host::half_to_float(bits); }
@@ -103,12 +101,10 @@ DEVICE float byte_to_float(u32 word, int index, u32 bits) { return bits_to_float
 DEVICE float signed_byte_to_float(u32 word, int index) { return (float)(s8)(word >> (8 * index)); }
 DEVICE float silu(float x) { return divide(x, 1.0f + exp2_fast(-1.4426950408889634f * x)); }
 
-// ---------------------------------------------------------------------------------------------------------
-// Order between kernels: programmatic launch (sm_90 and later; elsewhere plain edges order the step).
+// == Order between kernels: programmatic launch (sm_90 and later; elsewhere plain edges order the step).
 // The trigger only lets the next kernel start; the wait gives completion and visibility of the one before.
 // Rules (docs/layout.md, "Rules that kernels keep"): every kernel waits, nothing global is written before the wait, and
 // memory that a kernel of the step writes is read with `fresh`, never through the non-coherent path.
-// ---------------------------------------------------------------------------------------------------------
 
 #ifdef PSIGRAPH_HOST
 DEVICE void let_next_kernel_start() { host::grid_trigger(); }
@@ -232,9 +228,7 @@ template <int COUNT> DEVICE void hold_registers() {
 #endif
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Sums within a warp, in a fixed order, so that two runs give the same bits.
-// ---------------------------------------------------------------------------------------------------------
+// == Sums within a warp, in a fixed order, so that two runs give the same bits.
 
 // Sum over `width` neighbouring lanes (a power of two); every lane gets it.
 DEVICE float lanes_sum(float value, int width) {

@@ -4,10 +4,8 @@
 
 #include "ring.cuh"
 
-// ---------------------------------------------------------------------------------------------------------
-// Blocks of a cluster (sm_90 and later): a barrier of all their threads, and values sent to the same place of another
+// == Blocks of a cluster (sm_90 and later): a barrier of all their threads, and values sent to the same place of another
 // block's dynamic shared memory. Who receives says how many bytes will come, before that barrier, and waits for them.
-// ---------------------------------------------------------------------------------------------------------
 
 #ifdef PSIGRAPH_HOST
 DEVICE void cluster_barrier() { host::cluster_barrier(); }

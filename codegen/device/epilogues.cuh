@@ -12,9 +12,7 @@
 #include "functions.cuh"
 #include "quant.cuh"
 
-// ---------------------------------------------------------------------------------------------------------
-// Epilogues
-// ---------------------------------------------------------------------------------------------------------
+// == Epilogues
 
 // A value of a vector of SIZE, as float32 or into an activation block; all 32 lanes call it.
 template <int SIZE> DEVICE void store_value(float* vector, int index, float value, bool inside) {

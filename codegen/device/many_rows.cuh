@@ -9,9 +9,7 @@
 
 #include "rows.cuh"
 
-// ---------------------------------------------------------------------------------------------------------
-// Instructions
-// ---------------------------------------------------------------------------------------------------------
+// == Instructions
 
 // Two bytes of a word, 0 and 1 or 2 and 3, as halves of 1024 + the byte: a half's lowest bit is worth 1 there.
 #ifdef PSIGRAPH_HOST
@@ -79,10 +77,8 @@ template <int BLOCKS> DEVICE void multiply_columns(float (*sums)[4], const u32 t
 #endif
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// One lane's share of a chunk (16 rows x 64 columns) of a tile: `Raw::load` only asks memory for it, `prepare` works out
+// == One lane's share of a chunk (16 rows x 64 columns) of a tile: `Raw::load` only asks memory for it, `prepare` works out
 // the scales, `tile` makes the halves of group J as `multiply_rows` wants them. Scales are worked out in float32.
-// ---------------------------------------------------------------------------------------------------------
 
 template <class TYPE> struct Chunk;
 
@@ -284,11 +280,9 @@ template <> struct Chunk<F32> {
     template <int J> METHOD void tile(u32 out[4]) const { out[0] = halves[J][0], out[1] = halves[J][1], out[2] = halves[J][2], out[3] = halves[J][3]; }
 };
 
-// ---------------------------------------------------------------------------------------------------------
-// Products. A block has 64 weight rows (4 tiles) and 128 tokens; its 8 warps are 2 teams that share the columns (team k
+// == Products. A block has 64 weight rows (4 tiles) and 128 tokens; its 8 warps are 2 teams that share the columns (team k
 // takes chunks k and k + 2 of every superblock), of 2 x 2 warps with 2 tiles and 64 tokens each. A stage of shared memory
 // holds 128 columns of the block's tokens; the next one is on its way while this one is multiplied.
-// ---------------------------------------------------------------------------------------------------------
 
 constexpr int PRODUCT_THREADS = 256, BLOCK_TOKENS = 128, WARP_TOKENS = 64, BLOCK_TILES = 4;
 constexpr int STAGE_COLUMNS = 128, STAGE_STRIDE = STAGE_COLUMNS + 16;  // halves; the 16 keep lanes in banks of their own
@@ -489,11 +483,9 @@ template <class SHAPE, class TYPES, class... WEIGHTS> DEVICE void dequantize_wei
     with_type(part.type, TYPES(), [&](auto type) { dequantize_tile<decltype(type)>(part.tiles, out, part.rows, SHAPE::SUPERBLOCKS, part.unit); });
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Causal attention of a chunk over the cache (running softmax: Milakov and Gimelshein 2018; tiles as in
+// == Causal attention of a chunk over the cache (running softmax: Milakov and Gimelshein 2018; tiles as in
 // FlashAttention-2). A block has one key/value head and 64 rows, a row being a token and one of the query heads that
 // share that head; a warp has 16 of them. Keys and values come in tiles through shared memory.
-// ---------------------------------------------------------------------------------------------------------
 
 constexpr int ATTEND_THREADS = 128, ATTEND_ROWS = 64;
 

@@ -15,9 +15,7 @@
 #include "quant.cuh"
 #include "ring.cuh"
 
-// ---------------------------------------------------------------------------------------------------------
-// The weights of one product.
-// ---------------------------------------------------------------------------------------------------------
+// == The weights of one product.
 
 template <class TYPE_, int ROWS_> struct Matrix {
     typedef TYPE_ Type;
@@ -90,8 +88,7 @@ template <class FIRST, class SECOND> struct Paired {
 template <class... MATRICES> DEVICE Stacked<MATRICES...> stacked(MATRICES... matrices) { return {matrices...}; }
 template <class FIRST, class SECOND> DEVICE Paired<FIRST, SECOND> paired(FIRST first, SECOND second) { return {first, second}; }
 
-// ---------------------------------------------------------------------------------------------------------
-// What a thread knows of its block. SHAPE has the numbers that the compiler chose (codegen/tiling.py), and as named
+// == What a thread knows of its block. SHAPE has the numbers that the compiler chose (codegen/tiling.py), and as named
 // facts, true or false, what follows from them: whatever code depends on is there for tests to see
 // (tests/codegen/test_coverage.py).
 //   COLUMNS            of the matrices.
@@ -108,7 +105,6 @@ template <class FIRST, class SECOND> DEVICE Paired<FIRST, SECOND> paired(FIRST f
 //   MINIMA             some weights have minima.
 //   TWO_HELD           a warp's slice of integer activations is two superblocks, which stay in registers;
 //   MORE_THAN_HELD     or more: two are there, the next one on its way.
-// ---------------------------------------------------------------------------------------------------------
 
 // Where things lie in the block's dynamic shared memory, bytes: the teams' rings, barriers of the rings, partial sums
 // [column warp][row], what the epilogue fetches early [number][row], activations as float32.
@@ -169,9 +165,7 @@ template <class SHAPE, class WEIGHTS_, int EARLY_NUMBERS> struct ProductBlock {
     }
 };
 
-// ---------------------------------------------------------------------------------------------------------
-// The factor of an RMS norm before the product, which the sums are multiplied with: 1 / sqrt(mean of squares + eps).
-// ---------------------------------------------------------------------------------------------------------
+// == The factor of an RMS norm before the product, which the sums are multiplied with: 1 / sqrt(mean of squares + eps).
 
 struct NoFactor {
     METHOD void find(int) const {}

@@ -4,13 +4,11 @@
 
 #include "base.cuh"
 
-// ---------------------------------------------------------------------------------------------------------
-// A ring of stages in shared memory for the weights of the warps that share a tile (READERS): a stage holds as many
+// == A ring of stages in shared memory for the weights of the warps that share a tile (READERS): a stage holds as many
 // superblocks as there are warps, one each. On sm_90 and later one thread of the block fills it by one bulk copy;
 // elsewhere each warp fetches its own superblock by 16-byte asynchronous copies, and bytes = 0 keeps the count
 // of copies in step where there is nothing left to copy.
 // barriers: 2 * DEPTH words of shared memory, DEPTH for stages that have arrived and DEPTH for those that were read.
-// ---------------------------------------------------------------------------------------------------------
 
 #ifdef PSIGRAPH_HOST
 template <int DEPTH, int READERS> struct Ring {

@@ -9,9 +9,7 @@
 #include "functions.cuh"
 #include "quant.cuh"
 
-// ---------------------------------------------------------------------------------------------------------
-// Which rows there are, what they read, and where results go
-// ---------------------------------------------------------------------------------------------------------
+// == Which rows there are, what they read, and where results go
 
 // The row of a decode step. It reads what kernels of the same step wrote.
 struct OneRow {
@@ -103,9 +101,7 @@ template <int HEAD_DIM> DEVICE void rotate_pair(float& a, float& b, int i, float
     b = y * cos_sin.x + x * cos_sin.y;
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// Kernels
-// ---------------------------------------------------------------------------------------------------------
+// == Kernels
 
 // What happens to a column of an embedded row: nothing more, or the two halves of a deferred norm.
 struct NoNorm {

@@ -28,9 +28,7 @@ DEVICE float value_of(u64 key) {
     return bits_to_float((bits & 0x80000000u) ? bits ^ 0x80000000u : ~bits);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// adjust
-// ---------------------------------------------------------------------------------------------------------
+// == adjust
 
 // One logit after its bias and the penalties for `count` times in the window.
 DEVICE float adjusted_logit(float value, float bias, int count, const int* sampler) {
@@ -81,9 +79,7 @@ DEVICE void adjust_span(const float* logits, const int* token, const int* sample
     if (own == 0) peaks[blockIdx.x] = value_of((u64)top << 32);
 }
 
-// ---------------------------------------------------------------------------------------------------------
-// draw
-// ---------------------------------------------------------------------------------------------------------
+// == draw
 
 // Philox4x32-10 (Salmon et al., SC11) at counter (position, 0, 0, 0): its first two words.
 DEVICE u64 random_word(u32 position, u32 k0, u32 k1) {

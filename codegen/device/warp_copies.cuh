@@ -24,10 +24,8 @@ DEVICE void prefetch(const void* source, int bytes) { asm volatile("cp.async.bul
 DEVICE void prefetch(const void*, int) {}
 #endif
 
-// ---------------------------------------------------------------------------------------------------------
-// Half-precision products of attention: 16 rows x 16 columns of float16 times 16 x 8, float32 sums. A number is cut
+// == Half-precision products of attention: 16 rows x 16 columns of float16 times 16 x 8, float32 sums. A number is cut
 // into a high and a low half (float16 each), which stand in neighbouring columns.
-// ---------------------------------------------------------------------------------------------------------
 
 // Where column i of a vector stands, so that lane (g, t) reads what it gives to the products of 32 columns in one piece.
 DEVICE int column_index(int i) { return (i & ~31) | (i & 6) << 2 | (i & 16) >> 2 | (i & 8) >> 2 | (i & 1); }

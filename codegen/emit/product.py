@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ...ir.graph import Node, Value
 from ...ir.regime import Regime
 from ...ir.verify import product_weights
-from ..emission import Context, Emitters, KernelSpec
+from ..emission import Context, Emitters, KernelSpec, Parameters
 from ..target import LEAST_WARPS
 from ..tiling import ProductShape, product_shape
 from ..weight_types import TILE_ROWS, WEIGHT_TYPES, padded_columns, superblocks, tiles
@@ -72,10 +72,11 @@ def emit_product(node: Node, ctx: Context) -> KernelSpec:
     )
 
 
-class _Product:
+class _Product(Parameters):
     """A product under construction: its facts, and its parameters with their arguments."""
 
     def __init__(self, node: Node, ctx: Context) -> None:
+        super().__init__()
         self.node, self.ctx = node, ctx
         self.weights = product_weights(node)
         self.types = [WEIGHT_TYPES[weight.type.dtype] for weight in self.weights]
@@ -85,14 +86,6 @@ class _Product:
         self.paired = node.op.endswith("swiglu")
         self.units = tiles(self.rows[0]) if self.paired else sum(map(tiles, self.rows))
         self.tiles_per_unit = 2 if self.paired else 1
-        self.parameters: list[str] = []
-        self.args: list[str | int] = []
-
-    def param(self, declaration: str, arg: str | int) -> str:
-        """One parameter more, as C declares it, with what a launch gives for it; its name."""
-        self.parameters.append(declaration)
-        self.args.append(arg)
-        return declaration.split()[-1]
 
     def out_param(self, name: str, value: Value) -> tuple[str, str]:
         """The parameter of a result, float32 or an activation block: its element's type, and its name."""

@@ -15,7 +15,7 @@ from ...ir.ops import OPS, ROPE_SCALING
 from ...ir.regime import Regime
 from ..activation_block import COPIES, copy_bytes
 from ..cache_types import CACHE_TYPES
-from ..emission import Context, Emitters, KernelSpec
+from ..emission import Context, Emitters, KernelSpec, Parameters
 from ..weight_types import WEIGHT_TYPES, superblocks
 from ..writer import c_float
 from .functions import function_of
@@ -27,19 +27,12 @@ SWIGLU_UP = 4
 65,504."""
 
 
-class RowKernel:
+class RowKernel(Parameters):
     """The kernel of one node under construction: parameters with their arguments, in order."""
 
     def __init__(self, node: Node, ctx: Context, threads: int = THREADS) -> None:
+        super().__init__()
         self.node, self.ctx, self.threads = node, ctx, threads
-        self.parameters: list[str] = []
-        self.args: list[str | int] = []
-
-    def param(self, declaration: str, arg: str | int) -> str:
-        """One parameter more: as C declares it, and what a launch gives; its name."""
-        self.parameters.append(declaration)
-        self.args.append(arg)
-        return declaration.replace("*", " ").split()[-1]
 
     def operand(self, name: str, value: Value) -> str:
         """A float32 operand, as C++ makes one; UnsupportedModelError for one that lies in memory as halves."""

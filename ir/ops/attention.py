@@ -16,7 +16,6 @@ HEADS = {"heads": int, "kv_heads": int}
 # For positions that are stretched over a longer context: absent, factor and attn_factor, or all (`turning`).
 ROPE_SCALING = {"factor": float, "attn_factor": float, "original": int, "beta_fast": float, "beta_slow": float}
 CACHES = ("k_cache", "v_cache")
-ROPE_OPERANDS = ("q", "k", "v", "q_norm", "k_norm", *CACHES, "positions", "sequences")
 
 
 def turning(head_dim: int, theta: float, attrs: Attributes) -> tuple[np.ndarray, float]:
@@ -187,9 +186,7 @@ _ROPE_TYPES = "f32[T,64] f32[T,32] f32[T,32] f32[16] f32[16] f16[2,2,40,16] f16[
 
 OPS = (
     Op(
-        "rope",
-        ("x", "positions"),
-        ("y",),
+        "rope(x, positions) -> y",
         "pairs (i, i + head_dim/2) rotated by position * theta^(-2i/head_dim); the rest stretches it",
         _rope_rule,
         _rope,
@@ -198,9 +195,7 @@ OPS = (
         optional=ROPE_SCALING,
     ),
     Op(
-        "cache_append",
-        ("cache", "row", "positions", "sequences"),
-        ("cache",),
+        "cache_append(cache, row, positions, sequences) -> cache",
         "the cache with the rows, rounded to its type, at [sequence, :, position]",
         _cache_append_rule,
         _cache_append,
@@ -208,9 +203,7 @@ OPS = (
         consumes=("cache",),
     ),
     Op(
-        "attention",
-        ("q", *CACHES, "positions", "sequences"),
-        ("y",),
+        "attention(q, k_cache, v_cache, positions, sequences) -> y",
         "softmax(scale * q k) v over positions 0..position; head h reads key/value head h // (heads / kv_heads)",
         _attention_rule,
         _attention,
@@ -218,9 +211,7 @@ OPS = (
         attributes={"scale": float},
     ),
     Op(
-        "rope_append",
-        ROPE_OPERANDS,
-        ("q", *CACHES),
+        "rope_append(q, k, v, q_norm, k_norm, k_cache, v_cache, positions, sequences) -> q, k_cache, v_cache",
         "q and k split, normalised per head and rotated; k and v appended to their caches",
         _rope_append_rule,
         _rope_append,
@@ -231,9 +222,7 @@ OPS = (
         fused=True,
     ),
     Op(
-        "rope_attention",
-        ROPE_OPERANDS,
-        ("a", *CACHES),
+        "rope_attention(q, k, v, q_norm, k_norm, k_cache, v_cache, positions, sequences) -> a, k_cache, v_cache",
         "rope_append, then attention, heads merged",
         _rope_attention_rule,
         _rope_attention,

@@ -8,10 +8,6 @@ from .. import sampling
 from ..op import Arrays, Attributes, EvalContext, Op, Results, Types
 from ..sampling import PEAK_SPAN, SAMPLER_WORDS
 
-CHOICE_OPERANDS = ("log", "end_tokens", "stop", "positions", "sequences")
-CHOICE = ("tokens", "log", "stop", "positions")
-DRAW_OPERANDS = ("logits", "peaks", "sampler")
-
 
 def recorded(log: np.ndarray, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
     """The log [sequences, context] with each row's token at its position."""
@@ -171,18 +167,14 @@ _LOGITS = f"f32[T,1500] f32[T,2] i32[{SAMPLER_WORDS}]"
 
 OPS = (
     Op(
-        "argmax",
-        ("logits",),
-        ("tokens",),
+        "argmax(logits) -> tokens",
         "index of the largest logit, the lowest one of equals",
         _argmax_rule,
         _argmax,
         "f32[T,96]",
     ),
     Op(
-        "adjust",
-        ("logits", "tokens", "history", "sampler", "positions", "sequences"),
-        ("adjusted", "peaks", "history"),
+        "adjust(logits, tokens, history, sampler, positions, sequences) -> adjusted, peaks, history",
         "biases and penalties of the sampler's settings; history takes the tokens at their positions; "
         "a peak is the largest of 1024 values",
         _adjust_rule,
@@ -191,18 +183,14 @@ OPS = (
         consumes=("history",),
     ),
     Op(
-        "draw",
-        (*DRAW_OPERANDS, "positions"),
-        ("tokens",),
+        "draw(logits, peaks, sampler, positions) -> tokens",
         "a token by chance: top-k, top-p, min-p and temperature of the settings, random by seed and position",
         _draw_rule,
         _draw,
         f"{_LOGITS} i32[T]",
     ),
     Op(
-        "record",
-        ("log", "tokens", "positions", "sequences"),
-        ("log",),
+        "record(log, tokens, positions, sequences) -> log",
         "the log with the tokens at their positions",
         _record_rule,
         _record,
@@ -210,28 +198,16 @@ OPS = (
         consumes=("log",),
     ),
     Op(
-        "stop_on",
-        ("tokens", "end_tokens", "stop", "positions", "sequences"),
-        ("stop",),
+        "stop_on(tokens, end_tokens, stop, positions, sequences) -> stop",
         "1 for a sequence that stopped or whose token is an end token",
         _stop_on_rule,
         _stop_on,
         "i32[T] i32[8] i32[2] i32[T] i32[T]",
         consumes=("stop",),
     ),
+    Op("advance(positions) -> positions", "positions + 1", _advance_rule, _advance, "i32[T]"),
     Op(
-        "advance",
-        ("positions",),
-        ("positions",),
-        "positions + 1",
-        _advance_rule,
-        _advance,
-        "i32[T]",
-    ),
-    Op(
-        "choose",
-        ("logits", *CHOICE_OPERANDS),
-        CHOICE,
+        "choose(logits, log, end_tokens, stop, positions, sequences) -> tokens, log, stop, positions",
         "argmax, record, stop_on and advance",
         _choose_rule,
         _choose,
@@ -240,9 +216,8 @@ OPS = (
         fused=True,
     ),
     Op(
-        "draw_choose",
-        (*DRAW_OPERANDS, *CHOICE_OPERANDS),
-        CHOICE,
+        "draw_choose(logits, peaks, sampler, log, end_tokens, stop, positions, sequences)"
+        " -> tokens, log, stop, positions",
         "draw, record, stop_on and advance",
         _draw_choose_rule,
         _draw_choose,

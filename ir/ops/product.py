@@ -10,7 +10,7 @@ import numpy as np
 
 from ..op import Arrays, Attributes, EvalContext, Op, Results, Types
 from ..types import WEIGHT_DTYPES
-from .choice import CHOICE, CHOICE_OPERANDS, choice, chosen_rule
+from .choice import choice, chosen_rule
 from .vector import EPS, gated, with_norm
 
 KEEP = {"keep_logits": bool}
@@ -126,9 +126,7 @@ _CHOICE_TYPES = "i32[2,16] i32[8] i32[2] i32[T] i32[T]"
 
 OPS = (
     Op(
-        "matvec",
-        ("x", "w..."),
-        ("y...",),
+        "matvec(x, w...) -> y...",
         "w @ x for every weight",
         _matvec_rule,
         _matvec,
@@ -136,9 +134,7 @@ OPS = (
         product=True,
     ),
     Op(
-        "scaled_matvec",
-        ("s", "f", "w..."),
-        ("y...",),
+        "scaled_matvec(s, f, w...) -> y...",
         "f * (w @ s) for every weight",
         _scaled_matvec_rule,
         _scaled_matvec,
@@ -147,9 +143,7 @@ OPS = (
         fused=True,
     ),
     Op(
-        "scaled_swiglu",
-        ("s", "f", "w_gate", "w_up"),
-        ("y",),
+        "scaled_swiglu(s, f, w_gate, w_up) -> y",
         "swiglu(f * (w_gate @ s), f * (w_up @ s))",
         _scaled_swiglu_rule,
         _scaled_swiglu,
@@ -159,9 +153,7 @@ OPS = (
         fused=True,
     ),
     Op(
-        "matvec_swiglu",
-        ("x", "w_gate", "w_up"),
-        ("y",),
+        "matvec_swiglu(x, w_gate, w_up) -> y",
         "swiglu(w_gate @ x, w_up @ x)",
         _matvec_swiglu_rule,
         _matvec_swiglu,
@@ -171,9 +163,7 @@ OPS = (
         fused=True,
     ),
     Op(
-        "matvec_add",
-        ("x", "w", "residual"),
-        ("y",),
+        "matvec_add(x, w, residual) -> y",
         "residual + w @ x",
         _matvec_add_rule,
         _matvec_add,
@@ -183,9 +173,7 @@ OPS = (
         fused=True,
     ),
     Op(
-        "matvec_add_norm",
-        ("x", "w", "residual", "norm_weight"),
-        ("x2", "s", "f"),
+        "matvec_add_norm(x, w, residual, norm_weight) -> x2, s, f",
         "x2 = residual + w @ x; s = x2 * norm_weight; f = rms_factor(x2)",
         _matvec_add_norm_rule,
         _matvec_add_norm,
@@ -197,9 +185,7 @@ OPS = (
         fused=True,
     ),
     Op(
-        "matvec_choose",
-        ("x", "w", *CHOICE_OPERANDS),
-        CHOICE,
+        "matvec_choose(x, w, log, end_tokens, stop, positions, sequences) -> tokens, log, stop, positions",
         "choose of w @ x",
         _matvec_choose_rule,
         _matvec_choose,
@@ -211,9 +197,7 @@ OPS = (
         fused=True,
     ),
     Op(
-        "scaled_matvec_choose",
-        ("s", "f", "w", *CHOICE_OPERANDS),
-        CHOICE,
+        "scaled_matvec_choose(s, f, w, log, end_tokens, stop, positions, sequences) -> tokens, log, stop, positions",
         "choose of f * (w @ s)",
         _scaled_matvec_choose_rule,
         _scaled_matvec_choose,

@@ -130,11 +130,9 @@ def _quantize(context: EvalContext, ins: list[np.ndarray], attrs: Attributes) ->
 
 
 OPS = (
-    Op("embed", ("table", "tokens"), ("x",), "rows `tokens` of the table", _embed_rule, _embed, "q6_k[9,256] i32[T]"),
+    Op("embed(table, tokens) -> x", "rows `tokens` of the table", _embed_rule, _embed, "q6_k[9,256] i32[T]"),
     Op(
-        "rms_norm",
-        ("x", "weight"),
-        ("y",),
+        "rms_norm(x, weight) -> y",
         "x over its root mean square along the last axis, times weight",
         _rms_norm_rule,
         _rms_norm,
@@ -143,9 +141,7 @@ OPS = (
         may_quantize=("y",),
     ),
     Op(
-        "split_heads",
-        ("x",),
-        ("y",),
+        "split_heads(x) -> y",
         "[T, heads * head_dim] seen as [T, heads, head_dim]",
         _split_heads_rule,
         _split_heads,
@@ -153,9 +149,7 @@ OPS = (
         attributes={"heads": int},
     ),
     Op(
-        "merge_heads",
-        ("x",),
-        ("y",),
+        "merge_heads(x) -> y",
         "[T, heads, head_dim] seen as [T, heads * head_dim]",
         _merge_heads_rule,
         _merge_heads,
@@ -163,9 +157,7 @@ OPS = (
         may_quantize=("y",),
     ),
     Op(
-        "swiglu",
-        ("gate", "up"),
-        ("y",),
+        "swiglu(gate, up) -> y",
         "silu(gate) * up",
         _two_alike,
         _swiglu,
@@ -173,11 +165,9 @@ OPS = (
         may_quantize=("y",),
         elementwise=True,
     ),
-    Op("add", ("a", "b"), ("y",), "a + b", _two_alike, _add, "f32[T,96] f32[T,96]", elementwise=True),
+    Op("add(a, b) -> y", "a + b", _two_alike, _add, "f32[T,96] f32[T,96]", elementwise=True),
     Op(
-        "mul",
-        ("a", "b"),
-        ("y",),
+        "mul(a, b) -> y",
         "a * b; b may be a vector for all rows",
         _scaled_by_vector,
         _mul,
@@ -186,9 +176,7 @@ OPS = (
         elementwise=True,
     ),
     Op(
-        "rms_factor",
-        ("x",),
-        ("f",),
+        "rms_factor(x) -> f",
         "1 / sqrt(mean(x^2) + eps)",
         _rms_factor_rule,
         _rms_factor,
@@ -196,9 +184,7 @@ OPS = (
         attributes=EPS,
     ),
     Op(
-        "quantize",
-        ("x",),
-        ("y",),
+        "quantize(x) -> y",
         "x as two int8 planes with one scale for 16 values",
         _quantize_rule,
         _quantize,
@@ -206,9 +192,7 @@ OPS = (
         elementwise=True,
     ),
     Op(
-        "embed_norm",
-        ("table", "tokens", "norm_weight"),
-        ("x", "s", "f"),
+        "embed_norm(table, tokens, norm_weight) -> x, s, f",
         "x = rows `tokens` of the table; s = x * norm_weight; f = rms_factor(x)",
         _embed_norm_rule,
         _embed_norm,

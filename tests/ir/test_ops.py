@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from psigraph.ir.document import op_tables
+from psigraph.inspect.op_table import op_tables
 from psigraph.ir.graph import TensorType
 from psigraph.ir.op import EvalContext, TypeMismatch
 from psigraph.ir.ops import FUSED, OPS, UNFUSED

@@ -1,4 +1,4 @@
-"""The passes as Markdown, from their own docstrings: `python -m psigraph.passes.gallery` prints it."""
+"""The passes as Markdown, from their own docstrings: `python -m psigraph.inspect.pass_gallery` prints it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import sys
 
 from ..ir.regime import ALL, Regime
-from .pipeline import PIPELINE
+from ..passes.pipeline import PIPELINE
 
 
 def gallery() -> str:

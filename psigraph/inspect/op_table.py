@@ -1,9 +1,9 @@
-"""The op table as Markdown: docs/ir.md carries it, and a test holds the two together."""
+"""The op table as Markdown: `python -m psigraph.inspect.op_table` prints it."""
 
 from __future__ import annotations
 
-from .op import Op
-from .ops import FUSED, UNFUSED
+from ..ir.op import Op
+from ..ir.ops import FUSED, UNFUSED
 
 
 def op_row(op: Op) -> str:
