@@ -1,8 +1,8 @@
 """One row a type of KV cache: what a position takes, and which struct of the device header knows how it lies in memory.
 
 A new type is a row here and in `ir/types.py`, its rounding in `ir/interpret.py`, a struct in
-`device/psigraph_cache.cuh` that stores a row and hands a tile to the tensor cores as halves, and one in
-`device/psigraph_prefill.cuh` that brings tiles to a prompt's kernel.
+`device/cache.cuh` that stores a row and hands a tile to the tensor cores as halves, and one in
+`device/many_rows.cuh` that brings tiles to a prompt's kernel.
 """
 
 from __future__ import annotations

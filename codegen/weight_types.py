@@ -1,7 +1,7 @@
 """One row per weight type: how the file stores it, and which struct of the device header multiplies it.
 
-A new quantization is a row here, a struct in `device/psigraph_device.cuh` that says how a
-superblock of a tile is multiplied, and a struct in `device/psigraph_repack.cuh` that says
+A new quantization is a row here, a struct in `device/quant.cuh` that says how a
+superblock of a tile is multiplied, and a struct in `device/repack.cuh` that says
 where the file keeps a value. Sources: ggml's block layouts (ggml-common.h), as decoded by
 the `gguf` package's `quants.dequantize`.
 """

@@ -14,6 +14,7 @@ from typing import Any
 from .graph import Graph
 from .regime import Regime
 
+SCHEMA = "psigraph.program.v2"  # of program.json
 DECODE, PREFILL = "decode", "prefill"  # names of steps: the one replayed per token, and the one of a prompt's chunk
 
 
@@ -163,7 +164,7 @@ class Program:
 
     def to_json(self) -> str:
         record = {
-            "schema": "psigraph.program.v2",
+            "schema": SCHEMA,
             "name": self.name,
             "sm_count": self.sm_count,
             "programmatic": self.programmatic,

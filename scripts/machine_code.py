@@ -26,7 +26,7 @@ MODELS = (
     "1.7b q8_0",
     "1.7b f16",
     "4b q4_k_m",
-    "8b q4_k_m --untied",
+    "8b q4_k_m",
 )
 INSTRUCTION = 16  # bytes, since Volta
 

@@ -497,7 +497,7 @@ template <int D> struct AttendShape {
 
 // Tiles of keys and values, as a type of cache brings them: `fetch` begins the copies of one; `arrived`, once those of
 // all threads are there, begins those of the next and gives halves [KEYS][KEY_STRIDE], [KEYS][VALUE_STRIDE]. `keys` of
-// the head may be read. The caches themselves are in `psigraph_cache.cuh`.
+// the head may be read. The caches themselves are in `cache.cuh`.
 //
 // Halves arrive as they are, in two stages of shared memory by turns.
 template <int D> struct HalfTiles {

@@ -1,4 +1,4 @@
-// Where the file keeps a value: used once, at load, to lay a matrix out in tiles (psigraph_device.cuh) without
+// Where the file keeps a value: used once, at load, to lay a matrix out in tiles (quant.cuh) without
 // changing a bit. One struct a weight type. A block of 128 threads moves one superblock (16 rows x 256 columns).
 // Sources: ggml's block layouts (ggml-common.h).
 #ifndef PSIGRAPH_REPACK_CUH

@@ -50,6 +50,7 @@ attend_block<Shape, {held.chunk_tiles}>(q, k_cache, v_cache, y, positions, count
         args=tuple(kernel.args),
         body=body,
         grid=kv_heads * blocks,
+        cache_bytes_per_position=2 * kv_heads * held.position_bytes(head_dim),
         shared_bytes=held.chunk_bytes(head_dim, 32 if head_dim > 128 else 64),
         describe=f"{kv_heads} key/value heads x {blocks} blocks of {BLOCK_ROWS} rows, {group} query heads a token",
     )

@@ -14,12 +14,13 @@ from ..codegen.cache_types import CACHE_TYPES
 from ..codegen.target import Target
 from ..ir.errors import ModelFileError, UsageError
 from ..ir.graph import Graph, layer_of
-from ..ir.program import DECODE, PREFILL
+from ..ir.program import DECODE, PREFILL, SCHEMA
 from ..ir.text import parse_graph, print_graph
 from ..ir.types import CACHE_DTYPES
 from ..json_file import read_json
 from ..medpsy.artifact import artifact_record, model_size, tensor_types
 from ..medpsy.policy import tier_of
+from ..passes.pipeline import PIPELINE
 from .compilation import (
     PROGRAM_FILE,
     Built,
@@ -55,7 +56,8 @@ class Inspected:
     def graph(self, stage: str) -> Graph:
         """The graph after a pass, or the `input`; UsageError lists the passes."""
         if stage not in self._names:
-            raise UsageError(f"there is no pass {stage}; the passes are {', '.join(self._names[1:])}")
+            found = "serves another --step" if stage in {each.name for each in PIPELINE} else "does not exist"
+            raise UsageError(f"the pass {stage} {found}; the passes of this one are {', '.join(self._names[1:])}")
         if stage not in self._known:
             self._known[stage] = self._graph(stage)
         return self._known[stage]
@@ -199,6 +201,8 @@ def _folder(path: Path, step: str) -> Inspected:
     if not (path / PROGRAM_FILE).is_file():
         raise ModelFileError("is neither a model file nor a folder that psigraph compile wrote", str(path))
     record = read_json(path / PROGRAM_FILE)
+    if record.get("schema") != SCHEMA:
+        raise UsageError(f"{path}: was compiled by another version of psigraph; compile the model again")
     place = path if step == DECODE else path / step
     try:
         files = sorted(

@@ -73,7 +73,7 @@ static inline unsigned vote(unsigned mask, bool value) {
     return (unsigned)self->warp->result[self->lane];
 }
 
-// Four mma.m16n8k16 (u8 x s8): see dot_chunk in psigraph_device.cuh. Every lane brings its words, the last one
+// Four mma.m16n8k16 (u8 x s8): see dot_chunk in quant.cuh. Every lane brings its words, the last one
 // computes: row g + 8 h, group t, digit d = sum over 16 bytes.
 static void dot_all(Warp& warp) {
     alignas(64) unsigned digits[32], rows[16][4][4];
@@ -103,7 +103,7 @@ static inline void dot_chunk(int sums[4], const unsigned weights[8], unsigned di
     meet(DOT, 0xffffffffu);
 }
 
-// mma.m16n8k16 (float16, float32 sums): see dot_halves in psigraph_device.cuh. Sums are taken in float64 and rounded
+// mma.m16n8k16 (float16, float32 sums): see dot_halves in warp_copies.cuh. Sums are taken in float64 and rounded
 // once: a tensor core is no more exact than that.
 static void dot_halves_all(Warp& warp) {
     float a[16][16], b[8][16];

@@ -5,7 +5,7 @@
 
 namespace host {
 
-// mma.m16n8k16 of halves, several times: see multiply_rows and multiply_columns in psigraph_prefill.cuh. Every lane
+// mma.m16n8k16 of halves, several times: see multiply_rows and multiply_columns in many_rows.cuh. Every lane
 // brings its four words of the tile; the last one reads the other matrix where it lies and computes. Products of halves
 // are exact in float32, and their sum is taken in the order of the columns.
 static void halves_all(Warp& warp) {

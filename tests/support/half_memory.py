@@ -1,4 +1,4 @@
-"""The f16 cache as it lies in memory, in numpy: what `device/psigraph_cache.cuh` says of it, written a second time."""
+"""The f16 cache as it lies in memory, in numpy: what `device/cache.cuh` says of it, written a second time."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ twice independently, so that a test can hold one against the other, and `unpack`
 that nothing is lost: unpack(pack(raw)) == raw for every type.
 
 Layout of a packed [rows, columns] matrix: [tile][superblock][planes]; what the planes of
-a superblock are stands beside each struct in `device/psigraph_device.cuh`. Index names:
+a superblock are stands beside each struct in `device/quant.cuh`. Index names:
 lane = 4 g + t holds rows g and g + 8 of a tile and, of group j in chunk c, columns
 64 c + 16 j + 4 t + i, i = 0..3.
 """

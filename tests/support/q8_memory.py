@@ -1,4 +1,4 @@
-"""The q8 cache as it lies in memory, in numpy: what `device/psigraph_cache.cuh` says of it, written a second time."""
+"""The q8 cache as it lies in memory, in numpy: what `device/cache.cuh` says of it, written a second time."""
 
 from __future__ import annotations
 
