@@ -57,7 +57,7 @@ class Inspected:
         """The graph after a pass, or the `input`; UsageError lists the passes."""
         if stage not in self._names:
             found = "serves another --step" if stage in {each.name for each in PIPELINE} else "does not exist"
-            raise UsageError(f"the pass {stage} {found}; the passes of this one are {', '.join(self._names[1:])}")
+            raise UsageError(f"the pass {stage} {found}; the passes are {', '.join(self._names[1:])}")
         if stage not in self._known:
             self._known[stage] = self._graph(stage)
         return self._known[stage]
