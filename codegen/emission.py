@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..ir.graph import Literal, Node, Value
 from ..ir.program import LibraryProduct
@@ -47,6 +47,10 @@ class Parameters:
         self.parameters.append(declaration)
         self.args.append(arg)
         return declaration.replace("*", " ").split()[-1]
+
+    def spec(self, stem: str, include: str, threads: int, body: str, grid: int, **launch: Any) -> KernelSpec:
+        """The kernel that has them. launch: further fields of `KernelSpec`."""
+        return KernelSpec(stem, (include,), threads, tuple(self.parameters), tuple(self.args), body, grid, **launch)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class EvalContext:
 class Op:
     """One row of the table: how a node must look and what it computes.
 
-    signature     `name(operands) -> results`, the `name`, `operands` and `results`. A last operand that ends in `...`
+    signature     `name(operands) -> results`, of which the three fields are parts. A last operand that ends in `...`
                   stands for one or more, and so do results, as many as there are operands of that kind.
     summary       one line for the documentation.
     rule          operand types and attributes -> result types (f32 where i8x2 or f16 may stand too).

@@ -25,13 +25,18 @@ class _Chunk:
     memory: HostMemory
 
 
-def replayed(stream: Stream, step: Callable[[], None], log: int, count: int, chunk: int) -> Iterator[list[int]]:
+Spare = list[tuple[Any, HostMemory]]
+
+
+def replayed(
+    stream: Stream, step: Callable[[], None], log: int, count: int, chunk: int, spare: Spare
+) -> Iterator[list[int]]:
     """`count` tokens in chunks, the first of them chosen by the step that is queued already; see `Engine.decode`.
 
-    step: queues one more. log: the address of the first token in the log.
+    step: queues one more. log: the address of the first token in the log. spare: events and page-locked memory of
+    chunks of this size that are not in use, kept from call to call: what the stream makes lives as long as it does.
     """
     waiting: deque[_Chunk] = deque()
-    spare: list[tuple[Any, HostMemory]] = []
     queued, steps = 0, 0
     try:
         while queued < count or waiting:
@@ -53,3 +58,4 @@ def replayed(stream: Stream, step: Callable[[], None], log: int, count: int, chu
     finally:
         if waiting:  # the consumer left early: nothing may write to freed memory
             stream.settle()
+            spare += [(left.event, left.memory) for left in waiting]

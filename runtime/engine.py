@@ -18,7 +18,7 @@ from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, Us
 from ..ir.program import DECODE, PREFILL, Launch, LibraryProduct, Program
 from .cuda.compiler import CompiledKernel
 from .cuda.driver import Driver, HostMemory
-from .decode import replayed
+from .decode import Spare, replayed
 from .library import Library
 from .measuring import Timings, read_bandwidth, step_times
 from .program import LoadedProgram
@@ -74,6 +74,7 @@ class Engine:
         self._no_prefill = "" if self.prefill else "switched off"
         self._prefill_maker = self.prefill
         self._stream = Stream(self.driver)
+        self._spare: dict[int, Spare] = {}  # by tokens of a chunk
         self._loaded = LoadedProgram(self._stream, self.graph)
         try:
             self._load()
@@ -321,7 +322,8 @@ class Engine:
             raise UsageError(
                 f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
             )
-        yield from replayed(self._stream, self.step, self._log(self.position - 1), count, chunk)
+        spare = self._spare.setdefault(chunk, [])
+        yield from replayed(self._stream, self.step, self._log(self.position - 1), count, chunk, spare)
 
     # --- measuring ---
 

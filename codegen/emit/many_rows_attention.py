@@ -42,12 +42,10 @@ struct Shape {{ enum {{ HEAD_DIM = {head_dim}, GROUP = {group}, KV_HEADS = {kv_h
     Q_STRIDE = {source.stride}, Y_STRIDE = {y.stride} }}; }};
 attend_block<Shape, {held.chunk_tiles}>(q, k_cache, v_cache, y, positions, count, context, {scale}, stamps);
 """
-    return KernelSpec(
+    return kernel.spec(
         stem=node.op,
-        includes=("many_rows.cuh",),
+        include="many_rows.cuh",
         threads=THREADS,
-        parameters=tuple(kernel.parameters),
-        args=tuple(kernel.args),
         body=body,
         grid=kv_heads * blocks,
         cache_bytes_per_position=2 * kv_heads * held.position_bytes(head_dim),

@@ -76,12 +76,10 @@ def _by_kernel(node: Node, ctx: Context, x: RowView) -> KernelSpec:
         y = f"results(FloatRows<{view.stride}>{{{kernel.param('float* y', view.buffer)}}}{applied})"
         call = f"product_rows<Shape, Types<{types}>>(x, count, {y}, stamps, {', '.join(made)})"
     shape = f"SUPERBLOCKS = {superblocks(weights[0].type.shape[1])}, TOKEN_BLOCKS = {token_blocks}, UP = {x.up}"
-    return KernelSpec(
+    return kernel.spec(
         stem=node.op,
-        includes=("many_rows.cuh",),
+        include="many_rows.cuh",
         threads=THREADS,
-        parameters=tuple(kernel.parameters),
-        args=tuple(kernel.args),
         body=f"struct Shape {{ enum {{ {shape} }}; }};\n{call};\n",
         grid=blocks * token_blocks,
         shared_bytes=SHARED_BYTES,
@@ -120,12 +118,10 @@ def _dequantize(node: Node, ctx: Context, halves: str, columns: int) -> KernelSp
         f"struct Shape {{ enum {{ THREADS = {THREADS}, SUPERBLOCKS = {columns // 256} }}; }};\n"
         f"wait_for_previous_kernel(stamps);\ndequantize_weights<Shape, Types<{types}>>(halves, {', '.join(made)});\n"
     )
-    return KernelSpec(
+    return kernel.spec(
         stem="dequantize",
-        includes=("many_rows.cuh",),
+        include="many_rows.cuh",
         threads=THREADS,
-        parameters=tuple(kernel.parameters),
-        args=tuple(kernel.args),
         body=body,
         grid=-(-warps // (THREADS // 32)),
         bytes_read=_file_bytes(weights),

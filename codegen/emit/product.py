@@ -54,14 +54,12 @@ def emit_product(node: Node, ctx: Context) -> KernelSpec:
     if target.slots:
         threads = max(threads, 32 * LEAST_WARPS)
     registers = target.slot_registers(ctx.slot(node))
-    return KernelSpec(
+    return product.spec(
         stem=node.op,
-        includes=("product.cuh",),
+        include="product.cuh",
         threads=threads,
         registers=registers,
         body=product.instance(shape, blocks, threads, registers),
-        parameters=tuple(product.parameters),
-        args=tuple(product.args),
         grid=blocks,
         shared_bytes=max(shape.shared_bytes, slot),
         bytes_read=sum(

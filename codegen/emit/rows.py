@@ -66,12 +66,10 @@ class RowKernel(Parameters):
         """The kernel. sizes: of its shape; call: of the template; before: lines in front of it;
         stem: another name than the op's."""
         shape = ", ".join(f"{name} = {size}" for name, size in {"THREADS": self.threads, **sizes}.items())
-        return KernelSpec(
+        return self.spec(
             stem=stem or self.node.op,
-            includes=("rows.cuh",),
+            include="rows.cuh",
             threads=self.threads,
-            parameters=tuple(self.parameters),
-            args=tuple(self.args),
             body=f"struct Shape {{ enum {{ {shape} }}; }};\n{before}{call};\n",
             grid=grid,
             bytes_read=bytes_read,
@@ -243,8 +241,7 @@ def _one_thread(node: Node, ctx: Context, declarations: Sequence[str], state: in
     for index, (declaration, value) in enumerate(zip(declarations, node.ins, strict=False)):
         kernel.param(declaration, ctx.in_place(node.out, value) if index == state else ctx.read(value))
     lines = ("let_next_kernel_start();", "wait_for_previous_kernel(stamps);", f"if (threadIdx.x == 0) {statement}")
-    spec = kernel.done(1, {}, "")
-    return KernelSpec(spec.stem, spec.includes, 32, spec.parameters, spec.args, "\n".join(lines) + "\n", 1)
+    return kernel.spec(node.op, "rows.cuh", 32, "\n".join(lines) + "\n", 1)
 
 
 def emit_stop_on(node: Node, ctx: Context) -> KernelSpec:

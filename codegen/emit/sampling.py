@@ -13,12 +13,10 @@ _TALLY_BYTES = 8 + 3 * PEAK_SPAN * 8  # `struct Tally` of device/sampling.cuh
 
 def _done(kernel: RowKernel, grid: int, statements: str, written: int) -> KernelSpec:
     """Blocks of PEAK_SPAN threads; written: bytes."""
-    return KernelSpec(
+    return kernel.spec(
         stem=kernel.node.op,
-        includes=("sampling.cuh",),
+        include="sampling.cuh",
         threads=PEAK_SPAN,
-        parameters=tuple(kernel.parameters),
-        args=tuple(kernel.args),
         body=f"let_next_kernel_start();\n{statements}\n",
         grid=grid,
         bytes_written=written,

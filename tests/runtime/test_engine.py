@@ -196,6 +196,31 @@ def assert_short(made: Engine, short: Short) -> None:
     assert continued(made, short.ids[:FED], CHOSEN) == short.ids[FED:]
 
 
+def test_a_long_process_keeps_no_more_for_its_chunks(short, short_engine):
+    """Also where somebody stops reading in the middle."""
+
+    def held() -> tuple[int, int]:
+        return len(short_engine.stream._pinned), len(short_engine.stream._events)
+
+    short_engine.reset()
+    continued(short_engine, short.ids[:4], 8)
+    before = held()
+    for count in (8, 8, 40):
+        short_engine.reset()
+        short_engine.feed(short.ids[:4])
+        tokens = short_engine.decode(count, chunk=4)
+        next(tokens)
+        tokens.close()
+    first = held()
+    short_engine.reset()
+    continued(short_engine, short.ids[:4], 8)
+    short_engine.reset()
+    short_engine.feed(short.ids[:4])
+    list(short_engine.decode(20, chunk=4))
+    assert held() == first
+    assert first[0] - before[0] <= 3
+
+
 def test_eager_steps_give_the_bits_of_replayed_ones(short, short_engine):
     with engine(short.path, graph=False) as made:
         np.testing.assert_array_equal(forced(made, IDS[:24]), forced(short_engine, IDS[:24]))

@@ -72,20 +72,7 @@ def tensors_of(size: str, quant: str) -> dict[str, TensorType]:
 
 def bound(size: str, tensors: dict[str, TensorType], layers: int, logits: bool, kv_type: str, rows: int = 1) -> Graph:
     """The step of a model of these tensors as the spec has it."""
-    shape = synth.SIZES[size]
-    metadata = {
-        "general.architecture": "qwen3",
-        "qwen3.block_count": layers,
-        "qwen3.context_length": shape.context,
-        "qwen3.embedding_length": shape.hidden,
-        "qwen3.feed_forward_length": shape.feed_forward,
-        "qwen3.attention.head_count": shape.heads,
-        "qwen3.attention.head_count_kv": shape.kv_heads,
-        "qwen3.attention.key_length": shape.head_dim,
-        "qwen3.attention.value_length": shape.head_dim,
-        "qwen3.attention.layer_norm_rms_epsilon": shape.epsilon,
-        "qwen3.rope.freq_base": shape.theta,
-    }
+    metadata, _ = synth.synth_model(size, "q4_k_m", layers=layers)
     spec = load_spec(spec_folder() / "qwen3.yaml")
     return spec.graph(spec.bind(metadata, tensors, CONTEXT, kv_type), ("logits",) if logits else (), rows)
 
