@@ -164,6 +164,10 @@ class NumpyEngine:
             raise UsageError("this engine was built without logits")
         return np.asarray(self._logits[0])
 
+    def logits_view(self) -> np.ndarray:
+        """The same: each step's are an array of their own."""
+        return self.logits()
+
     def forced_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`, float[len(ids), vocabulary], the ids given, not chosen."""
         rows: list[np.ndarray] = []

@@ -286,19 +286,25 @@ class Engine:
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float32[vocabulary]; waits for it."""
+        return self.logits_view().copy()
+
+    def logits_view(self) -> np.ndarray:
+        """The same where they came to the host, read-only: the next call overwrites it, closing frees it."""
         if self._logits is None:
             raise UsageError("this engine was built without logits")
         memory, name = self._loaded.memory, self._result("logits")
         nbytes = memory.buffer(name).nbytes
         self._stream.call("cuMemcpyDtoHAsync", self._logits.address, memory.address(name), nbytes, self._stream.handle)
         self.synchronize()
-        return np.frombuffer(self._logits.view, dtype=np.float32).copy()
+        view = np.frombuffer(self._logits.view, dtype=np.float32)
+        view.flags.writeable = False
+        return view
 
     def forced_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`, float32[len(ids), vocabulary], the ids given, not chosen."""
-        rows: list[np.ndarray] = []
-        self.feed(ids, lambda _: rows.append(self.logits()))
-        return np.stack(rows)
+        found = np.empty((len(ids), len(self.logits_view())), np.float32)
+        self.feed(ids, lambda index: np.copyto(found[index], self.logits_view()))
+        return found
 
     def chosen(self) -> int:
         """The token that the last step chose; waits for it."""

@@ -399,7 +399,7 @@ def _forced(session: Session, work: Work) -> tuple[list[int], float, float]:
     for token in ids:
         began = time.perf_counter()
         engine.feed((token,))
-        logits = engine.logits()
+        logits = engine.logits_view()
         seconds += time.perf_counter() - began
         first = first or seconds
         tokens.append(int(np.argmax(logits)))

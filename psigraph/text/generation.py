@@ -195,7 +195,7 @@ class TokenRun(Iterator[int]):
         session = self._session
         for index in range(count):
             token = session.engine.chosen()
-            self.logprobs.append(log_probability(session.engine.logits(), token, likeliest))
+            self.logprobs.append(log_probability(session.engine.logits_view(), token, likeliest))
             self._last_s = time.perf_counter() - began
             self._first_s = self._first_s or self._last_s
             self._decoded = index + 1

@@ -226,6 +226,19 @@ def test_eager_steps_give_the_bits_of_replayed_ones(short, short_engine):
         np.testing.assert_array_equal(forced(made, IDS[:24]), forced(short_engine, IDS[:24]))
 
 
+def test_logits_are_kept_and_a_view_of_them_is_not(short_engine):
+    want = forced(short_engine, IDS[:2])
+    short_engine.reset()
+    short_engine.feed(IDS[:1])
+    kept, view = short_engine.logits(), short_engine.logits_view()
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 0
+    short_engine.feed(IDS[1:2])
+    np.testing.assert_array_equal(short_engine.logits_view(), want[1])
+    np.testing.assert_array_equal(kept, want[0])
+    np.testing.assert_array_equal(view, want[1])
+
+
 @pytest.mark.parametrize("sm_count", [3, 132])
 def test_other_numbers_of_multiprocessors(sm_count, short):
     """Other grids, other orders of addition: close to float64 all the same, and the same greedy tokens."""

@@ -22,8 +22,12 @@ from psigraph.codegen.lower import PREFILL_ROWS
 from psigraph.codegen.target import target_for
 from psigraph.ir.errors import UsageError
 from psigraph.ir.regime import Regime
+from psigraph.runtime.synth import model as synth
+from psigraph.runtime.synth.model import Size, write_synth
 
-TINY = Path(__file__).parents[3] / "fixtures" / "tiny" / "tiny-qwen3-q4_k_m.gguf"
+# The shapes of the tiny model in two layers, as in tests/runtime/test_engine.py, so that kernels are compiled once.
+TWO_LAYERS = Size(layers=2, hidden=256, feed_forward=768, heads=4, kv_heads=2, untied=False, context=2048)
+KERNELS = 2 * 5 + 2  # five a layer, embedding, head
 
 
 def psigraph(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
@@ -38,12 +42,19 @@ def psigraph(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(synth.SIZES, "short", TWO_LAYERS)
+        return write_synth(tmp_path_factory.mktemp("short") / "short.gguf", "short", "q4_k_m", 1, vocab=4096)
+
+
+@pytest.fixture(scope="module")
+def measured(short: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """(cache, report, printed) of one profiled run on the host target."""
     folder = tmp_path_factory.mktemp("measured")
     work = ["--max-new-tokens", "4", "--repeats", "2", "--prompt-token-ids", "5,6"]
     done = psigraph(
-        *["bench", "--model-path", str(TINY), "--backend", "host", *work],
+        *["bench", "--model-path", str(short), "--backend", "host", *work],
         *["--profile", "--prompt-tokens", "12", "--json-out", str(folder / "report.json")],
         cache=folder / "cache",
     )
@@ -54,20 +65,22 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_profile_has_a_row_for_every_kernel_of_the_step(measured: tuple[Path, dict[str, Any], str]) -> None:
     _, report, printed = measured
     rows = {row["name"]: row for row in report["kernels"] if row["step"] == "decode"}
-    assert sum(row["launches"] for row in rows.values()) == 42 + 1  # 8 layers x 5, embedding, head, between steps
-    assert rows["rope_attention"]["launches"] == 8
+    assert sum(row["launches"] for row in rows.values()) == KERNELS + 1  # between steps
+    assert rows["rope_attention"]["launches"] == 2
     assert all(row["us"] >= 0 for row in rows.values())
     weights = sum(row["bytes"] for row in rows.values() if row["name"] != "rope_attention")
-    cache_of_mean_position = 8 * 1024 * 2.5  # 8 layers, 1,024 bytes a position, positions 1 to 4
+    cache_of_mean_position = 2 * 1024 * 2.5  # 2 layers, 1,024 bytes a position, positions 1 to 4
     assert weights == report["artifact"]["bytes_per_token"] - cache_of_mean_position
     assert "hand-over" in printed
     assert report["timings"]["profile"]["rows_us"] == pytest.approx(sum(row["us"] for row in rows.values()))
 
 
-def test_profile_has_a_row_for_every_kernel_of_a_prompts_chunk(measured: tuple[Path, dict[str, Any], str]) -> None:
+def test_profile_has_a_row_for_every_kernel_of_a_prompts_chunk(
+    short: Path, measured: tuple[Path, dict[str, Any], str]
+) -> None:
     _, report, printed = measured
     rows = {row["name"]: row for row in report["kernels"] if row["step"] == "prefill"}
-    with open_model(TINY) as model:
+    with open_model(short) as model:
         graph = model.graph(rows=PREFILL_ROWS)
         program = with_prefill(build_program(model, target_for("host")), graph, target_for("host"))
     want = Counter(launch.kernel for launch in program.step("prefill").kernels)
@@ -82,10 +95,10 @@ def test_profile_has_a_row_for_every_kernel_of_a_prompts_chunk(measured: tuple[P
 
 
 def test_a_prompt_that_takes_steps_has_no_chunk_in_the_profile(
-    measured: tuple[Path, dict[str, Any], str], tmp_path: Path
+    short: Path, measured: tuple[Path, dict[str, Any], str], tmp_path: Path
 ) -> None:
     done = psigraph(
-        *["bench", "--model-path", str(TINY), "--backend", "host", "--max-new-tokens", "1", "--repeats", "1"],
+        *["bench", "--model-path", str(short), "--backend", "host", "--max-new-tokens", "1", "--repeats", "1"],
         *["--prompt-token-ids", "5", "--profile", "--prompt-tokens", "12", "--prefill", "off"],
         *["--json-out", str(tmp_path / "report.json")],
         cache=measured[0],
@@ -104,10 +117,10 @@ def test_profile_leaves_the_engine_as_it_was(measured: tuple[Path, dict[str, Any
 
 
 def test_sweep_measures_each_depth_and_writes_a_report_for_each(
-    measured: tuple[Path, dict[str, Any], str], tmp_path: Path
+    short: Path, measured: tuple[Path, dict[str, Any], str], tmp_path: Path
 ) -> None:
     done = psigraph(
-        *["bench", "--model-path", str(TINY), "--backend", "host", "--max-new-tokens", "2", "--repeats", "1"],
+        *["bench", "--model-path", str(short), "--backend", "host", "--max-new-tokens", "2", "--repeats", "1"],
         *["--prompt-token-ids", "5", "--sweep", "depth=0,8", "--json-out", str(tmp_path / "sweep")],
         cache=measured[0],
     )
@@ -138,9 +151,9 @@ def test_baseline_refuses_other_work(measured: tuple[Path, dict[str, Any], str])
     assert compare_reports(report, older)
 
 
-def test_profile_needs_kernels(tmp_path: Path) -> None:
+def test_profile_needs_kernels(short: Path, tmp_path: Path) -> None:
     done = psigraph(
-        *["bench", "--model-path", str(TINY), "--backend", "cpu", "--profile", "--max-new-tokens", "1"],
+        *["bench", "--model-path", str(short), "--backend", "cpu", "--profile", "--max-new-tokens", "1"],
         *["--prompt-token-ids", "5", "--repeats", "1"],
         cache=tmp_path,
     )
@@ -149,14 +162,16 @@ def test_profile_needs_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["512", "depth=", "depth=1,,2", "ctx=5"])
-def test_sweep_says_how_depths_are_given(value: str, tmp_path: Path) -> None:
-    done = psigraph("bench", "--model-path", str(TINY), "--sweep", value, cache=tmp_path)
+def test_sweep_says_how_depths_are_given(short: Path, value: str, tmp_path: Path) -> None:
+    done = psigraph("bench", "--model-path", str(short), "--sweep", value, cache=tmp_path)
     assert done.returncode == 2
     assert "give depths as depth=0,512,1024" in done.stderr
 
 
-def test_tune_tries_shapes_and_keeps_nothing_from_the_stand_in(measured: tuple[Path, dict[str, Any], str]) -> None:
-    done = psigraph("tune", str(TINY), "--backend", "host", "--seconds", "4", cache=measured[0])
+def test_tune_tries_shapes_and_keeps_nothing_from_the_stand_in(
+    short: Path, measured: tuple[Path, dict[str, Any], str]
+) -> None:
+    done = psigraph("tune", str(short), "--backend", "host", "--seconds", "4", cache=measured[0])
     assert done.returncode == 0, done.stderr
     assert "psigraph host target:" in done.stdout
     assert "kept nothing" in done.stdout
@@ -165,12 +180,12 @@ def test_tune_tries_shapes_and_keeps_nothing_from_the_stand_in(measured: tuple[P
 
 
 def test_ablate_has_a_row_for_every_pass_and_feature(
-    measured: tuple[Path, dict[str, Any], str], tmp_path: Path
+    short: Path, measured: tuple[Path, dict[str, Any], str], tmp_path: Path
 ) -> None:
     from psigraph.passes.pipeline import PIPELINE
 
     done = psigraph(
-        *["ablate", str(TINY), "--backend", "host", "--depth", "1", "--steps", "4", "--prompt-tokens", "12"],
+        *["ablate", str(short), "--backend", "host", "--depth", "1", "--steps", "4", "--prompt-tokens", "12"],
         *["--json-out", str(tmp_path / "ablation.json")],
         cache=measured[0],
     )
@@ -179,8 +194,8 @@ def test_ablate_has_a_row_for_every_pass_and_feature(
     passes = [f"pass {entry.name}" for entry in PIPELINE if not entry.lowering]
     rows = {row["off"]: row for row in record["rows"]}
     assert list(rows) == ["everything on", "programmatic edges", *passes, "all passes", "everything on, again"]
-    assert rows["everything on"]["kernels"] == 42
-    assert all(rows[name]["kernels"] > 42 for name in (*passes, "all passes"))
+    assert rows["everything on"]["kernels"] == KERNELS
+    assert all(rows[name]["kernels"] > KERNELS for name in (*passes, "all passes"))
     assert all(row["step_us"] > 0 for row in rows.values())
     assert (record["schema"], record["prompt_tokens"]) == ("psigraph.ablation.v1", 12)
     of_prompts = [f"pass {entry.name}" for entry in PIPELINE if not entry.lowering and Regime.MANY in entry.regimes]
