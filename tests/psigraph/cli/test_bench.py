@@ -14,6 +14,7 @@ from psigraph.bench import measure as measuring
 from psigraph.bench.report import read_json, validate_report
 from psigraph.cli import run
 from psigraph.cli.bench import summary
+from psigraph.runtime.gguf.file import open_gguf
 from psigraph.runtime.synth.model import write_synth
 from psigraph.runtime.synth.vocab import SMALLEST
 
@@ -193,9 +194,11 @@ def test_refusals(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_default_prompt_is_named_as_such(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(BASE) == 2
-    assert "--prompt-token-ids (not given, so 151644): token id 151644 is outside" in capsys.readouterr().err
+def test_without_a_prompt_the_file_says_which_token_begins(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert run(["bench", str(Q4), "-n", "1", "-r", "1", "--json-out", str(out)]) == 0
+    with open_gguf(Q4) as file:
+        assert read_json(out)["prompt_tokens"] == [file.metadata["tokenizer.ggml.bos_token_id"]]
 
 
 def test_a_baseline_of_other_work_is_refused_before_the_work_and_one_of_the_same_is_compared(

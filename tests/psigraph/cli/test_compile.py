@@ -237,7 +237,10 @@ def test_a_kernels_record_has_its_launches_of_the_layer(kernel: str, capsys: pyt
     assert run([*shown, "--format", "json", "--layer", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["launches"] == [everywhere[2]]
     assert run([*shown, "--layer", "2"]) == 0
-    assert capsys.readouterr().out.startswith("#include")
+    text = capsys.readouterr().out
+    assert text.startswith("#include")
+    # The text is every layer's; what is this layer's own stands behind it.
+    assert f"// layer 2: computes %{everywhere[2]['nodes'][0]}" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

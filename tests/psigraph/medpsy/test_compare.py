@@ -287,6 +287,7 @@ def prepared(tmp_path, job, monkeypatch):
     llama_bench(tmp_path)
     monkeypatch.setattr(compare_command, "gpu_state", lambda _device: IDLE)
     monkeypatch.setattr(compare_command, "check_header", lambda *_: None)  # the file is none
+    monkeypatch.setattr(compare_command, "first_token", lambda _: 151644)
     bench = bench_of(job)
     monkeypatch.setattr(compare_command, "bench_in_a_process", lambda *arguments: bench(*arguments[:4]))
     return ["--model", str(job.model), "--max-new-tokens", "512", "--out-dir", str(tmp_path / "out")]
@@ -295,7 +296,9 @@ def prepared(tmp_path, job, monkeypatch):
 def test_command_writes_reports_and_a_matrix(tmp_path, prepared):
     result = CliRunner().invoke(compare_command.command, [*prepared, "--llama-bench", str(tmp_path / "llama-bench")])
     assert result.exit_code == 0, result.output
-    assert "not settled: the file is not the real artifact" in result.output
+    assert "psigraph is 2.40 times as fast as llama.cpp llama-bench 11434" in result.output
+    for foreign in ("settled", "RTX", "Parity", "41ee947d"):  # rows and claims of another file
+        assert foreign not in result.output
     matrix = read_json(tmp_path / "out" / "matrix.json")
     assert validate_matrix(matrix, tmp_path / "out") == []
     assert matrix["decision"]["by_host"][0]["can_claim_parity"] is True
