@@ -21,6 +21,7 @@ from psigraph import api
 from psigraph.cli import run
 from psigraph.cli.chat import interrupts
 from psigraph.cli.chat_input import entries
+from psigraph.ir.errors import UsageError
 from psigraph.medpsy.guard import Guard, load_policy
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -158,7 +159,10 @@ def test_entries_are_lines_and_blocks() -> None:
         except StopIteration:
             raise EOFError from None
 
-    assert list(entries(read)) == ["a", "one", "two\n\n three"]
+    found = []
+    with pytest.raises(UsageError, match='the input ended within """: 2 lines were not sent'):
+        found.extend(entries(read))
+    assert found == ["a", "one", "two\n\n three"]
 
 
 def test_ctrl_c_while_an_answer_comes_is_noted_and_the_second_one_raises() -> None:
