@@ -245,23 +245,19 @@ class Talk:
 
     def _streamed(self, question: str) -> bool:
         """Whether an answer came, and is kept."""
-        conversation, waiting = self._chat.conversation, Waiting()
+        conversation = self._chat.conversation
         run: TextRun | None = None
 
         def cancelled() -> bool:
             if run is not None:
-                read, total = conversation.model.session.position, run.timings()["prompt_tokens"]
-                waiting.show(f"reading {min(read, total):,} of {total:,} tokens ...")
+                waiting.reading(conversation.model.session.position, run.timings()["prompt_tokens"])
             return pressed.is_set()
 
-        try:
-            with interrupts() as pressed:
-                waiting.show("reading ...")
-                run = conversation.ask(question, cancelled)
-                pieces = waiting.until_first(run)
-                write_pieces(whole_words(pieces, shutil.get_terminal_size().columns) if self._wrap else pieces)
-        finally:
-            waiting.end()
+        with Waiting() as waiting, interrupts() as pressed:
+            waiting.show("reading ...")
+            run = conversation.ask(question, cancelled)
+            pieces = waiting.until_first(run)
+            write_pieces(whole_words(pieces, shutil.get_terminal_size().columns) if self._wrap else pieces)
         answered = run.reason != "interrupted" or bool(run.text)
         if answered:
             conversation.keep(question, run.text)

@@ -27,6 +27,7 @@ from .options import (
 from .sampling_options import new_seed, sampling_options
 from .stages import stages
 from .texts import STDIN, read_text, stdin_is_piped
+from .waiting import Waiting
 from .writing import showable, speaks_unicode, write_pieces
 
 if TYPE_CHECKING:
@@ -162,17 +163,24 @@ def command(
                 on_compile=bars.bar("compiling kernels"),
             )
             session = open_session(model, options)
-        with session:
+        with session, Waiting() as waiting:
+
+            def cancelled() -> bool:
+                """Never; but asked for before every part of the prompt."""
+                waiting.reading(session.position, len(request.ids))
+                return False
+
             session.expect_prompt(len(request.ids))
-            tokens = Decoder(session).run(request.ids, Limits(most, sampler, logprobs=logprobs))
+            tokens = Decoder(session).run(request.ids, Limits(most, sampler, logprobs=logprobs, cancelled=cancelled))
             if as_json:
                 record = _record(tokens, request, admitted[0], session, stop)
+                waiting.end()
                 if not sampler.greedy:
                     record["seed"] = sampler.seed
                 click.echo("".join(showable([json.dumps(record, ensure_ascii=not speaks_unicode())])))
             else:
                 pieces = _pieces(tokens, request, admitted[0], output, stop)
-                write_pieces(["".join(pieces)] if stream is False else pieces)
+                write_pieces(waiting.until_first(["".join(pieces)] if stream is False else pieces))
             if tokens.reason == "context":
                 note(f"psigraph: {context_full(session)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from types import TracebackType
 
 import click
 
@@ -28,11 +29,24 @@ class Waiting:
         click.echo(f"\r{text:<{self._width}}", nl=False, err=True)
         self._width = max(self._width, len(text))
 
+    def reading(self, position: int, total: int) -> None:
+        """How much of a prompt is in. position: of the session, which goes on behind the prompt."""
+        self.show(f"reading {min(position, total):,} of {total:,} tokens ...")
+
     def until_first(self, pieces: Iterable[str]) -> Iterator[str]:
         """The pieces; with the first one the line goes and does not come back."""
         for piece in pieces:
             self.end()
             yield piece
+        self.end()  # there was none
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
 
     def end(self) -> None:
         """Take the line away."""

@@ -279,6 +279,24 @@ def test_the_summary_of_a_gpu_names_share_and_doubts() -> None:
     assert "the GPU was not idle" in shown
 
 
+def test_a_prompt_too_short_for_a_profile_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = a_shown_report()
+    prompt = {"tokens": 8, "way": "token by token: too short for a chunk", "median_first_token_ms": 1.0}
+    report["timings"] |= {"prompt": {**prompt, "prompt_tokens_per_second": 8.0}}
+    report["timings"]["profile"] = {"position": 4, "step_us": 1.0, "rows_us": 1.0}
+    report["kernels"] = []
+    monkeypatch.setattr(measuring, "run_bench", lambda *_, **__: report)
+    given = ["bench", str(Q4), "--profile", "--prompt-tokens", "8"]
+    assert run(given) == 0
+    said = "--profile: no rows for the prompt, whose 8 tokens go in token by token: too short for a chunk"
+    assert said in capsys.readouterr().err
+    report["timings"]["prompt"]["profile"] = report["timings"]["profile"]
+    assert run(given) == 0
+    assert "no rows for the prompt" not in capsys.readouterr().err
+
+
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("bench", "compile", "inspect", "generate"):
         assert run([command, "--help"]) == 0
