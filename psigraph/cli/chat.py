@@ -121,14 +121,14 @@ def command(
     most = None if max_new_tokens == -1 else max_new_tokens
     settings = ChatSettings(sampler, most, None if thinking is None else thinking == "on", stop)
 
-    def opened(options: SessionOptions) -> LanguageModel:
+    def opened(options: SessionOptions, settings: ChatSettings) -> LanguageModel:
         warnings: list[str] = []
         with stages() as bars:
             found = LanguageModel(
                 model,
                 replace(
                     options,
-                    sampling=not sampler.greedy,
+                    sampling=not settings.sampler.greedy,
                     on_load=bars.bar("loading weights", in_bytes=True),
                     on_compile=bars.bar("compiling kernels"),
                 ),
@@ -141,13 +141,13 @@ def command(
         warn_of_file(model, warnings)
         return found
 
-    conversation = Conversation(opened(replace(options, start=start)), settings, system)
+    conversation = Conversation(opened(replace(options, start=start), settings), settings, system)
     try:
         # What cannot work with any question is said before the first one.
-        conversation.check(settings)
+        sampler.words(conversation.model.vocabulary)  # says which token of a bias there is not
         conversation.model.ask_guard(conversation.messages())
         conversation.model.template.render(conversation.messages("Hello"), settings.thinking)
-        chat = Chat(conversation, lambda ctx: opened(replace(options, ctx=ctx)))
+        chat = Chat(conversation, lambda ctx: opened(replace(options, ctx=ctx), conversation.settings))
         Talk(chat, read, History(kept), script is not None, wrap).run()
     finally:
         conversation.model.close()
