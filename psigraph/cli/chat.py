@@ -234,10 +234,9 @@ class Talk:
         try:
             answered = self._streamed(question)
         except UsageError as error:
-            offer = offer_to_drop(chat.conversation, question)
+            offer = offer_to_drop(chat, question)
             if not offer:
                 raise
-            chat.unanswered = question
             raise UsageError(f"{error}; {offer}") from None
         finally:
             if not answered and restored is not None:

@@ -21,7 +21,8 @@ class Chat:
     """What commands work on.
 
     reopen    the model with a context of so many tokens, in the place of the one before, which is closed by then.
-    question  what is to be asked next, set by commands that ask; `unanswered`: what did not fit into the context.
+    question  what is to be asked next, set by commands that ask.
+    unanswered  the question that did not fit into the context, and how many of the oldest turns are in its way.
     restored  the turns that come back if that question gets no answer.
     file      where this conversation is kept: /save may write there again.
     """
@@ -29,7 +30,7 @@ class Chat:
     conversation: Conversation
     reopen: Callable[[int], LanguageModel]
     question: str | None = None
-    unanswered: str | None = None
+    unanswered: tuple[str, int] | None = None
     restored: Turns | None = None
     file: str | None = None
 
@@ -169,17 +170,19 @@ def _drop(chat: Chat, rest: str) -> str:
         raise UsageError(f"/drop {rest[:20]}: give a number of turns from 1 to {len(conversation.questions)}")
     if not conversation.questions:
         raise UsageError("/drop: there is no turn to leave out")
-    count = int(rest) if rest else conversation.turns_in_the_way(chat.unanswered or "") or 1
-    dropped = conversation.drop(count)
-    chat.question, chat.unanswered = chat.unanswered, None
+    chat.question, in_the_way = chat.unanswered or (None, 0)
+    dropped = conversation.drop(int(rest) if rest else in_the_way or conversation.turns_in_the_way("") or 1)
+    chat.unanswered = None
     return "\n".join(f"left out: {_quoted(question)}" for question in dropped)
 
 
-def offer_to_drop(conversation: Conversation, question: str) -> str:
-    """What /drop would leave out so that the question fits; "" where that would not help."""
+def offer_to_drop(chat: Chat, question: str) -> str:
+    """What /drop will leave out so that the question fits; "" where that would not help."""
+    conversation = chat.conversation
     count = conversation.turns_in_the_way(question)
     if not count:
         return ""
+    chat.unanswered = question, count
     which = ", ".join(map(_quoted, conversation.questions[:count]))
     turns = "oldest turn" if count == 1 else f"oldest {count} turns"
     return f"/drop leaves out the {turns} of {len(conversation.questions)} ({which}) and asks again"

@@ -165,10 +165,10 @@ def test_a_context_that_is_no_good_leaves_the_one_before(
         opened(self, options)
 
     monkeypatch.setattr(api.LanguageModel, "_open", refuse)
-    talk(monkeypatch, f"{SAID}\n/set ctx 64\n/set ctx\n{SAID}\n")
+    talk(monkeypatch, f"/set ctx 64\n/set ctx\n{SAID}\n")
     shown = capfd.readouterr()
     assert "psigraph: ctx stays 128: 64 positions do not fit\nctx 128\n" in shown.err
-    assert len(shown.out.splitlines()) == 2
+    assert len(shown.out.splitlines()) == 1
 
 
 def test_temperature_may_be_raised_in_the_middle(
@@ -196,13 +196,13 @@ def test_a_question_that_does_not_fit_is_asked_again_when_the_turns_in_its_way_a
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script, kept = tmp_path / "lines.txt", tmp_path / "chat.json"
-    script.write_text(f"{SAID}\nAnd?\n/set max_new_tokens 2\n{SAID}\n/drop\n/save {kept}\n{'whale ' * 60}\n")
-    assert run([*BASE, "--script", str(script), "--ctx", "62"]) == 0
+    script.write_text(f"One?\nTwo?\nThree?\n/drop\n/save {kept}\n/reset\n{'whale ' * 60}\n")
+    assert run([*BASE, "--script", str(script), "--ctx", "40"]) == 0
     shown = capfd.readouterr().out
-    assert f'/drop leaves out the oldest turn of 2 ("{SAID}") and asks again' in shown
-    assert shown.partition("> /drop\n")[2].startswith(f'left out: "{SAID}"\n')
+    assert '/drop leaves out the oldest turn of 2 ("One?") and asks again' in shown
+    assert shown.partition("> /drop\n")[2].startswith('left out: "One?"\n')
     asked = [turn["content"] for turn in json.loads(kept.read_text())["messages"] if turn["role"] == "user"]
-    assert asked == ["And?", SAID]
+    assert asked == ["Two?", "Three?"]
     assert "/drop" not in shown.partition("whale whale")[2]  # it would not help: the question alone is too long
 
 
