@@ -13,7 +13,8 @@ from ..options import Progress
 from .notes import is_quiet
 from .terminal import is_dumb, is_watched
 
-FIRST_LINE_S, NEXT_LINE_S = 2.0, 15.0  # when a log hears of a stage, and how often after that
+# When a log hears of work that takes long, when a terminal that has no bars does, and how often after that.
+FIRST_LINE_S, WATCHED_S, NEXT_LINE_S = 5.0, 1.0, 15.0
 
 
 class _Display(Protocol):
@@ -80,7 +81,7 @@ class _Lines:
     """For logs, and for terminals that cannot go back: a stage that takes long says so, and not often."""
 
     def __init__(self) -> None:
-        self._next = time.monotonic() + FIRST_LINE_S
+        self._next = time.monotonic() + (WATCHED_S if is_watched() else FIRST_LINE_S)
 
     def show(self, task: list[int], what: str, done: int, total: int, amount: str) -> None:
         if done < total and time.monotonic() >= self._next:

@@ -51,7 +51,7 @@ def test_a_terminal_gets_what_it_can_show(
     monkeypatch.setenv("TERM", term)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(stages, "FIRST_LINE_S", 0.0)
+    monkeypatch.setattr(stages, "WATCHED_S", 0.0)
     with stages.stages() as bars:
         bars.bar("compiling kernels")(1, 4)
     shown = capsys.readouterr().err
