@@ -11,7 +11,9 @@ from ..json_file import check_writable, write_json_atomically
 from ..medpsy.policy import Admission
 from ..options import SessionOptions
 from .kernels_only import kernels_only
-from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option, kv_type_option
+from .model_argument import model_argument
+from .notes import warn_of_file
+from .options import FILE_PATH, admission_options, backend_option, kv_type_option
 
 if TYPE_CHECKING:
     from ..bench.ablation import Row
@@ -30,10 +32,11 @@ Examples:
 
 
 @click.command("ablate", epilog=EPILOG)
-@click.argument("model", type=MODEL_PATH)
+@model_argument()
 @backend_option("cuda")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU.")
 @click.option(
+    "-c",
     "--ctx",
     type=click.IntRange(1),
     metavar="N",
@@ -83,13 +86,8 @@ def command(
             line += f"   prompt {row.prompt_us:10.1f} us  {row.prompt_us - first[0].prompt_us:+9.1f}"
         click.echo(line)
 
-    warned: list[str] = []
-
     def warn(admission: Admission) -> None:
-        for warning in admission.warnings:
-            if warning not in warned:
-                click.echo(f"psigraph: warning: {warning}", err=True)
-                warned.append(warning)
+        warn_of_file(model, admission.warnings)
 
     def begin(session: Session) -> None:
         # Only now: a refusal leaves stdout empty.

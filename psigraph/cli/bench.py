@@ -8,19 +8,19 @@ from statistics import median
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from ..bench.report import validate_report
 from ..ir.errors import UsageError
 from ..ir.program import DECODE, PREFILL
 from ..json_file import check_new_folder, check_writable, read_json, write_json_atomically
-from ..medpsy.policy import Admission
 from ..options import SessionOptions
 from .begin_gpu import begin_gpu
+from .first_token import first_token
+from .model_argument import model_argument
+from .notes import warn, warn_of_file
 from .options import (
     DEPTHS,
     FILE_PATH,
-    MODEL_PATH,
     TOKEN_IDS,
     admission_options,
     backend_option,
@@ -37,29 +37,32 @@ warms up and is not counted.
 
 \b
 Examples:
-  psigraph bench --model-path qwen3-1.7b.gguf --artifact-kind gguf --model-size 1.7b --backend cuda \\
+  psigraph bench qwen3-1.7b.gguf --artifact-kind gguf --model-size 1.7b --backend cuda \\
       --prompt-token-ids 151644 --max-new-tokens 512 --repeats 3 --json-out report.json
-  psigraph bench --model-path qwen3-1.7b.gguf --mode forced --depth 4096 --max-new-tokens 128
-  psigraph bench --model-path qwen3-1.7b.gguf --prompt-tokens 512
-  psigraph bench --model-path qwen3-1.7b.gguf --profile --prompt-tokens 512
-  psigraph bench --model-path qwen3-1.7b.gguf --profile --baseline report.json
-  psigraph bench --model-path qwen3-1.7b.gguf --sweep depth=0,512,1024,4096,16384 --max-new-tokens 64"""
+  psigraph bench qwen3-1.7b.gguf --mode forced --depth 4096 --max-new-tokens 128
+  psigraph bench qwen3-1.7b.gguf --prompt-tokens 512
+  psigraph bench qwen3-1.7b.gguf --profile --prompt-tokens 512
+  psigraph bench qwen3-1.7b.gguf --profile --baseline report.json
+  psigraph bench qwen3-1.7b.gguf --sweep depth=0,512,1024,4096,16384 --max-new-tokens 64"""
 
 
 @click.command("bench", epilog=EPILOG)
-@click.option("--model-path", required=True, type=MODEL_PATH, metavar="F", help="The model file.")
+@model_argument("--model-path")
 @click.option(
     "--artifact-kind", type=click.Choice(["gguf"]), default="gguf", show_default=True, help="What the model file is."
 )
 @click.option("--model-size", metavar="SIZE", help="Checked against the file: 0.6b, 1.7b, 4b, 8b, ...")
 @backend_option()
 @click.option(
-    "--prompt-token-ids", "prompt", type=TOKEN_IDS, default="151644", show_default=True, help="Prompt, as token ids."
+    "--prompt-token-ids",
+    "prompt",
+    type=TOKEN_IDS,
+    help="Prompt, as token ids. Default: 151644, Qwen's <|im_start|>, or the bos token of a smaller vocabulary.",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Tokens a run."
+    "-n", "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, metavar="N", help="Tokens a run."
 )
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Timed runs.")
+@click.option("-r", "--repeats", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Timed runs.")
 @click.option(
     "--mode",
     type=click.Choice(["chained", "forced", "text"]),
@@ -69,6 +72,7 @@ Examples:
     "all logits for every token, as llama-bench does. text: as generate and chat do it, with their sampling options.",
 )
 @click.option(
+    "-d",
     "--depth",
     type=click.IntRange(0),
     default=0,
@@ -77,6 +81,7 @@ Examples:
     help="Fill N positions first, untimed.",
 )
 @click.option(
+    "-p",
     "--prompt-tokens",
     type=click.IntRange(0),
     default=0,
@@ -103,10 +108,10 @@ Examples:
 @admission_options
 @click.option("--json-out", type=FILE_PATH, metavar="R", help="Write the report here.")
 def command(
-    model_path: Path,
+    model: Path,
     artifact_kind: str,
     model_size: str | None,
-    prompt: tuple[int, ...],
+    prompt: tuple[int, ...] | None,
     max_new_tokens: int,
     repeats: int,
     mode: str,
@@ -139,6 +144,8 @@ def command(
         raise UsageError("--profile times the kernels of the greedy step; give it without sampling options")
     before = read_json(baseline) if baseline is not None else None
     start = begin_gpu(options.backend, options.device, with_snapshot=True)
+    if prompt is None:
+        prompt = (first_token(model),)
     # numpy and the rest take a third of a second to import: not before the options are known to be sound.
     from ..bench.baseline import check_baseline, check_work, compare_reports
     from ..bench.measure import Work, run_bench, run_sweep
@@ -157,8 +164,6 @@ def command(
         if before is not None:
             check_work(before, {"model_size": size})
 
-    given = click.get_current_context().get_parameter_source("prompt") is not ParameterSource.DEFAULT
-
     work = Work(prompt, max_new_tokens, repeats, mode, depth, sampler)
 
     with stages() as bars:
@@ -166,10 +171,9 @@ def command(
             "model_size": model_size,
             "allow_blocked": allow_blocked,
             "expect_sha256": expect_sha256,
-            "on_admission": _warn,
+            "on_admission": lambda admission: warn_of_file(model, admission.warnings),
             "on_size": check_size,
-            "prompt_name": "--prompt-token-ids" if given else "--prompt-token-ids (not given, so 151644)",
-            "on_hash": bars.bar(f"hashing {model_path.name}", in_bytes=True),
+            "on_hash": bars.bar(f"hashing {model.name}", in_bytes=True),
         }
         options = replace(
             options,
@@ -179,11 +183,11 @@ def command(
         )
         on_run = bars.bar("measuring")
         if sweep:
-            reports = run_sweep(model_path, work, options, depths=sweep, on_run=on_run, **preparing)
+            reports = run_sweep(model, work, options, depths=sweep, on_run=on_run, **preparing)
         else:
             preparing |= {"profile": profile, "prompt_tokens": prompt_tokens}
             on_prompt = bars.bar("measuring the prompt")
-            reports = [run_bench(model_path, work, options, on_run=on_run, on_prompt=on_prompt, **preparing)]
+            reports = [run_bench(model, work, options, on_run=on_run, on_prompt=on_prompt, **preparing)]
     if sweep:
         click.echo(sweep_table(reports))
         if json_out is not None:
@@ -193,6 +197,9 @@ def command(
         click.echo(summary(reports[0]))
         if profile:
             click.echo(profile_table(reports[0]))
+            if prompt_tokens and "profile" not in reports[0]["timings"]["prompt"]:
+                way = reports[0]["timings"]["prompt"]["way"]
+                warn(f"--profile: no rows for the prompt, whose {prompt_tokens} tokens go in {way}")
         targets = [json_out]
     # Before the comparison: whatever that says, what was measured is kept.
     for report, target in zip(reports, targets, strict=True):
@@ -204,15 +211,10 @@ def command(
 def _keep(report: dict[str, Any], target: Path | None) -> None:
     """Check a report and write it."""
     for problem in validate_report(report):
-        click.echo(f"psigraph: warning: report: {problem}", err=True)
+        warn(f"report: {problem}")
     if target is not None:
         write_json_atomically(target, report)
         click.echo(f"report: {target}")
-
-
-def _warn(admission: Admission) -> None:
-    for warning in admission.warnings:
-        click.echo(f"psigraph: warning: {warning}", err=True)
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 import threading
@@ -14,19 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError
+from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError, UsageError
 from ..options import SessionOptions
 from .begin_gpu import begin_gpu
-from .chat_input import entries, reader
-from .options import MODEL_PATH, admission_options, backend_option, policy_option, prefill_option, run_options
+from .chat_history import history_file
+from .chat_input import History, Read, entries, reader
+from .model_argument import model_argument
+from .notes import is_quiet, printable, warn_of_file
+from .options import (
+    FILE_PATH,
+    TOKEN_COUNT,
+    admission_options,
+    backend_option,
+    policy_option,
+    prefill_option,
+    run_options,
+)
 from .sampling_options import new_seed, sampling_options
-from .shell import printable
 from .stages import stages
+from .texts import stdin_is_piped
+from .waiting import Waiting
+from .word_wrap import whole_words
 from .writing import write_pieces
 
 if TYPE_CHECKING:
-    from ..text.chat import Conversation
     from ..text.generation import TextRun
+    from .chat_commands import Chat
 
 EPILOG = """\b
 /help lists what can be typed beside questions. Ctrl-C stops an answer; at the prompt, twice, it leaves, as do
@@ -42,22 +56,35 @@ REASONS = {
     "length": "stopped at max_new_tokens",
     "stop": "ended by a stop string",
     "interrupted": "stopped by Ctrl-C",
-    "context": "stopped: the context is full; /reset begins anew, or leave and give a larger --ctx",
+    "context": "stopped: the context is full; /reset begins anew, /drop leaves out old turns, /set ctx N makes room",
 }
 
 
 @click.command("chat", epilog=EPILOG)
-@click.argument("model", type=MODEL_PATH)
+@model_argument()
 @click.option("--system", metavar="TEXT", help="A system message.")
 @click.option("--thinking", type=click.Choice(["on", "off"]), help="Switch the model's thinking, where it can.")
-@click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="The most tokens of an answer.")
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    type=TOKEN_COUNT,
+    metavar="N",
+    help="The most tokens of an answer; -1, as without: until the model is done or the context is full.",
+)
 @click.option("--stop", multiple=True, metavar="STRING", help="End an answer before this text; repeatable.")
 @click.option(
     "--script",
-    type=click.Path(path_type=Path),
+    type=FILE_PATH,
     metavar="FILE",
     help="Take the lines from a file and show them: a transcript.",
 )
+@click.option(
+    "--history/--no-history",
+    default=True,
+    envvar="PSIGRAPH_HISTORY",
+    help="Keep what is typed for the arrow keys of later chats; PSIGRAPH_HISTORY=0 never does.",
+)
+@click.option("--wrap/--no-wrap", default=True, help="On a terminal, break lines between words.")
 @sampling_options
 @backend_option()
 @run_options
@@ -71,6 +98,8 @@ def command(
     max_new_tokens: int | None,
     stop: tuple[str, ...],
     script: Path | None,
+    history: bool,
+    wrap: bool,
     sampling: dict[str, Any],
     options: SessionOptions,
     allow_blocked: bool,
@@ -78,76 +107,94 @@ def command(
     policy: str | None,
 ) -> None:
     """Talk with MODEL."""
-    read = reader(script)
+    typed = script is None and not stdin_is_piped()
+    kept = history_file() if typed and history else None
+    read = reader(script, kept)
     start = begin_gpu(options.backend, options.device)
     from ..api import LanguageModel
     from ..text.chat import CHAT_SAMPLER, ChatSettings, Conversation
     from ..text.stop_strings import StopStrings
+    from .chat_commands import Chat
 
     StopStrings(stop)  # says what is wrong with one
     sampler = replace(CHAT_SAMPLER, **{"seed": new_seed(), **sampling})
-    settings = ChatSettings(sampler, max_new_tokens, None if thinking is None else thinking == "on", stop)
-    with stages() as bars:
-        opened = LanguageModel(
-            model,
-            replace(
-                options,
-                sampling=not sampler.greedy,
-                start=start,
-                on_load=bars.bar("loading weights", in_bytes=True),
-                on_compile=bars.bar("compiling kernels"),
-            ),
-            allow_blocked_quantization=allow_blocked,
-            expect_sha256=expect_sha256,
-            policy=policy,
-            warn=lambda warning: click.echo(f"psigraph: warning: {warning}", err=True),
-            on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
-        )
-    with opened:
-        sampler.words(opened.vocabulary)  # says which token of a bias there is not
-        conversation = Conversation(opened, settings, system)
+    most = None if max_new_tokens == -1 else max_new_tokens
+    settings = ChatSettings(sampler, most, None if thinking is None else thinking == "on", stop)
+
+    def opened(options: SessionOptions, settings: ChatSettings) -> LanguageModel:
+        warnings: list[str] = []
+        with stages() as bars:
+            found = LanguageModel(
+                model,
+                replace(
+                    options,
+                    sampling=not settings.sampler.greedy,
+                    on_load=bars.bar("loading weights", in_bytes=True),
+                    on_compile=bars.bar("compiling kernels"),
+                ),
+                allow_blocked_quantization=allow_blocked,
+                expect_sha256=expect_sha256,
+                policy=policy,
+                warn=warnings.append,
+                on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
+            )
+        warn_of_file(model, warnings)
+        return found
+
+    conversation = Conversation(opened(replace(options, start=start), settings), settings, system)
+    try:
         # What cannot work with any question is said before the first one.
-        opened.ask_guard(conversation.messages())
-        opened.template.render(conversation.messages("Hello"), settings.thinking)
-        Talk(conversation, notes_to_stdout=script is not None).run(entries(read))
+        sampler.words(conversation.model.vocabulary)  # says which token of a bias there is not
+        conversation.model.ask_guard(conversation.messages())
+        conversation.model.template.render(conversation.messages("Hello"), settings.thinking)
+        chat = Chat(conversation, lambda ctx: opened(replace(options, ctx=ctx), conversation.settings))
+        Talk(chat, read, History(kept), script is not None, wrap).run()
+    finally:
+        conversation.model.close()
 
 
 class Talk:
     """The loop: an entry, its answer, a line about how that went."""
 
-    def __init__(self, conversation: Conversation, notes_to_stdout: bool) -> None:
-        self._conversation = conversation
-        self._notes_to_stdout = notes_to_stdout
+    def __init__(self, chat: Chat, read: Read, history: History, scripted: bool, wrap: bool) -> None:
+        self._chat, self._read, self._history = chat, read, history
+        self._to_stdout = scripted
+        self._typed = not scripted and not stdin_is_piped()
+        self._wrap = wrap and sys.stdout is not None and sys.stdout.isatty()
 
-    def run(self, entries: Iterator[str]) -> None:
+    def run(self) -> None:
         """Until the entries end or the user leaves."""
         from .chat_commands import Leave
 
         self._note(self._header())
         asked_twice = False
+        lines = entries(self._read)
         while True:
             try:
-                entry = next(entries, None)
-            except KeyboardInterrupt:
+                entry = next(lines, None)
+            except (KeyboardInterrupt, UsageError) as stopped:
                 # A generator that an exception went through is over; the terminal's is made anew.
-                if asked_twice or not sys.stdin.isatty():
+                if not self._typed or (asked_twice and isinstance(stopped, KeyboardInterrupt)):
                     raise
-                asked_twice = True
-                entries = _again()
-                self._note("\n(Ctrl-C once more leaves, as do Ctrl-D and /quit)")
+                lines = entries(self._read)
+                asked_twice = isinstance(stopped, KeyboardInterrupt)
+                what = "(Ctrl-C once more leaves, as do Ctrl-D and /quit)" if asked_twice else f"psigraph: {stopped}"
+                self._reply(f"\n{what}")
                 continue
             asked_twice = False
             if entry is None:
-                if sys.stdin is not None and sys.stdin.isatty():
-                    self._note("")  # off the line on which Ctrl-D was pressed
+                if self._typed:
+                    self._reply("")  # off the line on which Ctrl-D was pressed
                 return
+            if self._typed:
+                self._history.remember(entry)
             try:
                 self._entry(entry)
             except Leave:
                 return
 
     def _header(self) -> str:
-        model, settings = self._conversation.model, self._conversation.settings
+        model, settings = self._chat.conversation.model, self._chat.conversation.settings
         drawn = "greedy" if settings.sampler.greedy else f"seed {settings.sampler.seed}"
         session = model.session
         # In numpy they always do, and nobody expects them not to.
@@ -162,27 +209,67 @@ class Talk:
         from .chat_commands import run_command
 
         try:
-            if entry.startswith("/") and not entry.startswith("//"):
-                self._note(run_command(entry, self._conversation))
+            if "\n" in entry:  # a text that somebody pasted is no command, whatever it begins with
+                self._chat.question = entry
+            elif entry.startswith("/") and not entry.startswith("//"):
+                self._reply(run_command(entry, self._chat))
             else:
-                self._answer(entry.removeprefix("/") if entry.startswith("//") else entry)
+                self._chat.question = entry.removeprefix("/") if entry.startswith("//") else entry
+            question, self._chat.question = self._chat.question, None
+            if question is not None:
+                self._answer(question)
         except DeviceError:
             raise
         except PolicyRefusal as error:
             write_pieces([str(error)])
         except PsigraphError as error:
-            self._note(f"psigraph: {error}")
+            self._reply(f"psigraph: {error}")
 
     def _answer(self, question: str) -> None:
-        with interrupts() as cancelled:
-            run = self._conversation.ask(question, cancelled.is_set)
-            write_pieces(run)
-        if run.reason != "interrupted" or run.text:
-            self._conversation.keep(question, run.text)
-        self._note(f"[{speed(run, self._conversation.model.context)}]")
+        """The answer to a question, and what can be done where the context has no room for it."""
+        from .chat_commands import offer_to_drop
+
+        chat, answered = self._chat, False
+        restored, chat.restored, chat.unanswered = chat.restored, None, None
+        try:
+            answered = self._streamed(question)
+        except UsageError as error:
+            offer = offer_to_drop(chat, question)
+            if not offer:
+                raise
+            raise UsageError(f"{error}; {offer}") from None
+        finally:
+            if not answered and restored is not None:
+                chat.conversation.turns = restored
+
+    def _streamed(self, question: str) -> bool:
+        """Whether an answer came, and is kept."""
+        conversation = self._chat.conversation
+        run: TextRun | None = None
+
+        def cancelled() -> bool:
+            if run is not None:
+                waiting.reading(conversation.model.session.position, run.timings()["prompt_tokens"])
+            return pressed.is_set()
+
+        with Waiting() as waiting, interrupts() as pressed:
+            waiting.show("reading ...")
+            run = conversation.ask(question, cancelled)
+            pieces = waiting.until_first(run)
+            write_pieces(whole_words(pieces, shutil.get_terminal_size().columns) if self._wrap else pieces)
+        answered = run.reason != "interrupted" or bool(run.text)
+        if answered:
+            conversation.keep(question, run.text)
+        self._note(f"[{speed(run, conversation.model.context)}]")
+        return answered
 
     def _note(self, text: str) -> None:
-        click.echo(printable(text), err=not self._notes_to_stdout)
+        """What nobody asked for."""
+        if not is_quiet():
+            self._reply(text)
+
+    def _reply(self, text: str) -> None:
+        click.echo(printable(text), err=not self._to_stdout)
 
 
 def speed(run: TextRun, context: int) -> str:
@@ -198,10 +285,6 @@ def speed(run: TextRun, context: int) -> str:
     if run.reason in REASONS:
         parts.append(REASONS[run.reason])
     return "; ".join(parts)
-
-
-def _again() -> Iterator[str]:
-    return entries(reader(None))
 
 
 @contextmanager

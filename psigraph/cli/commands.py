@@ -6,6 +6,8 @@ import click
 
 from .exit_codes import EPILOG
 from .lazy import LazyGroup
+from .name_type import NAME
+from .notes import set_quiet
 
 # Command -> what it does. Its module is psigraph.cli.<command>, and the click command in there is `command`.
 COMMANDS = {
@@ -24,7 +26,39 @@ COMMANDS = {
 }
 
 
-@click.group(cls=LazyGroup, commands_table=COMMANDS, package=__package__, epilog=EPILOG, no_args_is_help=True)
+# Options whose text may be empty: it is said, not looked up.
+TEXTS = ("prompt", "system", "prompt_text", "stop", "host")
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+
+def _prepare(command: click.Command) -> None:
+    """-h and -q are everywhere, and a name is never empty."""
+    if any(param.name == "quiet" for param in command.params):
+        return  # a second look at the same command
+    for param in command.params:
+        if param.type is click.STRING and param.name not in TEXTS:
+            param.type = NAME
+    command.context_settings = {**command.context_settings, **HELP_NAMES}
+    command.params.append(
+        click.Option(
+            ["-q", "--quiet"],
+            is_flag=True,
+            expose_value=False,
+            callback=lambda ctx, _, wanted: set_quiet(wanted),
+            help="Say nothing beside the result: no warnings, no notes, no progress.",
+        )
+    )
+
+
+@click.group(
+    cls=LazyGroup,
+    commands_table=COMMANDS,
+    package=__package__,
+    prepare=_prepare,
+    epilog=EPILOG,
+    no_args_is_help=True,
+    context_settings=HELP_NAMES,
+)
 @click.option(
     "--version",
     is_flag=True,

@@ -22,12 +22,14 @@ from ..medpsy.matrix import build_matrix, read_source
 from ..medpsy.matrix_view import markdown, plain
 from ..medpsy.policy import OVERRIDE_OPTION, load_policy
 from ..options import SessionOptions
-from .options import FILE_PATH, MODEL_PATH, TOKEN_IDS, Seconds, admission_options
+from .comparison_table import comparison
+from .first_token import IM_START, first_token
+from .model_argument import model_argument
+from .notes import note
+from .options import FILE_PATH, TOKEN_IDS, Seconds, admission_options
 
 if TYPE_CHECKING:
     from ..runtime.gguf.file import GgufFile
-
-_IM_START = (151644,)
 
 EPILOG = """\b
 Each engine gets as many turns as --repeats says, psigraph first in every round, so that clocks and heat drift for
@@ -39,12 +41,12 @@ Exit code 0 if the session was measured, 1 if --settle is given and the claim st
 
 \b
 Examples:
-  psigraph compare --model medpsy-1.7b-q4_k_m-imat.gguf --llama-bench ./llama-bench --settle
-  psigraph compare --model qwen3.gguf --ollama http://127.0.0.1:11434 --ollama-model qwen3 --out-dir session"""
+  psigraph compare medpsy-1.7b-q4_k_m-imat.gguf --llama-bench ./llama-bench --settle
+  psigraph compare qwen3.gguf --ollama http://127.0.0.1:11434 --ollama-model qwen3 --out-dir session"""
 
 
 @click.command("compare", epilog=EPILOG)
-@click.option("--model", required=True, type=MODEL_PATH, metavar="F", help="GGUF file that all of them run.")
+@model_argument()
 @click.option("--llama-bench", metavar="PATH", help="llama.cpp's llama-bench.")
 @click.option("--llama-server", metavar="URL|PATH", help="A llama-server on this machine that serves the file.")
 @click.option("--ollama", metavar="URL", help="Ollama, such as http://127.0.0.1:11434.")
@@ -56,16 +58,19 @@ Examples:
 @click.option("--backend", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU, else cpu.")
 @click.option("--device", default=0, show_default=True, type=click.IntRange(0), help="Which GPU, for psigraph.")
 @click.option(
-    "--prompt-token-ids", "ids", type=TOKEN_IDS, default="151644", show_default=True, help="Prompt, as token ids."
+    "--prompt-token-ids",
+    "ids",
+    type=TOKEN_IDS,
+    help="Prompt, as token ids. Default: 151644, Qwen's <|im_start|>, or the bos token of a smaller vocabulary.",
 )
 @click.option(
     "--prompt-text", metavar="TEXT", help="The prompt for Ollama, which takes no ids. Known for 151644 alone."
 )
 @click.option(
-    "--max-new-tokens", default=512, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens a turn."
+    "-n", "--max-new-tokens", default=512, show_default=True, type=click.IntRange(1), metavar="N", help="Tokens a turn."
 )
 @click.option(
-    "--repeats", default=3, show_default=True, type=click.IntRange(1), metavar="N", help="Turns of each engine."
+    "-r", "--repeats", default=3, show_default=True, type=click.IntRange(1), metavar="N", help="Turns of each engine."
 )
 @click.option(
     "--timeout",
@@ -97,7 +102,7 @@ def command(
     python: str,
     backend: str | None,
     device: int,
-    ids: tuple[int, ...],
+    ids: tuple[int, ...] | None,
     prompt_text: str | None,
     max_new_tokens: int,
     repeats: int,
@@ -125,7 +130,9 @@ def command(
         tools.append(LlamaCppPython(python))
     if not tools:
         raise UsageError("nothing to compare with: give --llama-bench, --llama-server, --ollama or --llama-cpp-python")
-    if ollama and prompt_text is None and ids != _IM_START:
+    if ids is None:
+        ids = (first_token(model),)
+    if ollama and prompt_text is None and ids != (IM_START,):
         raise UsageError("--prompt-text: Ollama takes text, give the prompt's")
     check_new_folder(out_dir)
     check_header(model, ids, max_new_tokens, allow_blocked)
@@ -149,7 +156,7 @@ def command(
     def bench(path: str, prompt: Sequence[int], tokens: int, engine: str) -> Mapping[str, Any]:
         return bench_in_a_process(path, prompt, tokens, engine, device, allow_blocked)
 
-    session = run_session(job, tools, bench, state, repeats=repeats, say=lambda line: click.echo(line, err=True))
+    session = run_session(job, tools, bench, state, repeats=repeats, say=note)
     out_dir.mkdir(exist_ok=True)
     sources = []
     for name, report in (("psigraph", session.ours), *((str(one["runtime"]), one) for one in session.theirs)):
@@ -158,9 +165,13 @@ def command(
         sources.append(read_source(path, out_dir))
     matrix = build_matrix(sources, host=str(session.ours["environment"].get("host", "")))
     write_json_atomically(out_dir / "matrix.json", matrix)
-    click.echo(plain(markdown(matrix)), nl=False)
+    if sha256 == policy.data["claim"]["artifact_sha256"]:
+        click.echo(plain(markdown(matrix)))
+    click.echo(comparison(session.ours, session.theirs))
+    click.echo(f"reports: {out_dir}")
     settled, verdict = settle(matrix["decision"], session, policy)
-    click.echo(verdict)
+    if must_settle or sha256 == policy.data["claim"]["artifact_sha256"]:
+        click.echo(verdict)
     if must_settle and not settled:
         raise PsigraphError(verdict)
 

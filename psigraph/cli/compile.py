@@ -7,9 +7,13 @@ from pathlib import Path
 import click
 
 from ..ir.errors import UsageError
-from .options import FILE_PATH, MODEL_PATH, disable_option, kv_type_option
+from ..ir.program import DECODE, PREFILL
+from .model_argument import model_argument
+from .options import FILE_PATH, disable_option, kv_type_option
 from .stages import stages
 from .tables import kernel_table, pass_table, step_line
+
+QUANTS = "q4_k_m, q5_k_m, q8_0, f16; iq3_m has no kernels and is there to be refused"
 
 EPILOG = """\b
 DIR holds ir/NN-<pass>.txt, fused.txt, fused.dot and fused.json of a token's step and, in prefill/, of the one that
@@ -24,9 +28,9 @@ Examples:
 
 
 @click.command("compile", epilog=EPILOG)
-@click.argument("model", type=MODEL_PATH, required=False, metavar="[MODEL.gguf]")
+@model_argument(metavar="[MODEL.gguf]", required=False)
 @click.option("--size", metavar="SIZE", help="Compile for a published size instead of a file: 0.6b, 1.7b, 4b, 8b.")
-@click.option("--quant", metavar="MIX", help="Block types with --size: q4_k_m, q5_k_m, q8_0, f16.")
+@click.option("--quant", metavar="MIX", help=f"Block types with --size: {QUANTS}.")
 @click.option(
     "--arch",
     "arches",
@@ -35,7 +39,9 @@ Examples:
     help="GPU architecture, such as sm_89; repeatable. Default: this machine's GPU, sm_90a without one.",
 )
 @click.option("--out", type=FILE_PATH, metavar="DIR", help="Write everything to this folder.")
-@click.option("--ctx", type=click.IntRange(1), metavar="N", help="Positions that the KV cache holds. Default: 4096.")
+@click.option(
+    "-c", "--ctx", type=click.IntRange(1), metavar="N", help="Positions that the KV cache holds. Default: 4096."
+)
 @kv_type_option
 @disable_option
 def command(
@@ -85,8 +91,13 @@ def command(
     for built in compilation.built:
         record = program_record(compilation.stages, built)
         if built is compilation.built[0]:
-            click.echo(f"{source.name}\n\n{pass_table(record['passes'])}")
-        click.echo(f"\n{built.arch}, {built.program.sm_count} multiprocessors\n{kernel_table(record)}")
-        click.echo(f"{step_line(record)}")
+            click.echo(f"{source.name}\n\na token's step\n{pass_table(record['passes'])}")
+            click.echo(f"\na prompt's chunk\n{pass_table(record['prefill_passes'])}")
+        head = f"{built.arch}, {built.program.sm_count} multiprocessors"
+        for what, step in (("a token's step", DECODE), ("a prompt's chunk", PREFILL)):
+            if step == DECODE or any(found["name"] == step for found in record["steps"]):
+                click.echo(f"\n{head}, {what}\n{kernel_table(record, step)}\n{step_line(record, step)}")
+            else:
+                click.echo(f"\n{head}, {what}: none, prompts go in {record['notes'].get(step, 'another way')}")
     if out is not None:
         click.echo(f"\nwritten: {out}")

@@ -13,8 +13,10 @@ import click
 from ..ir.errors import UsageError
 from ..options import SessionOptions
 from .begin_gpu import begin_gpu
+from .model_argument import model_argument
+from .notes import note, warn_of_file
 from .options import (
-    MODEL_PATH,
+    TOKEN_COUNT,
     TOKEN_IDS,
     admission_options,
     backend_option,
@@ -25,10 +27,12 @@ from .options import (
 from .sampling_options import new_seed, sampling_options
 from .stages import stages
 from .texts import STDIN, read_text, stdin_is_piped
+from .waiting import Waiting
 from .writing import showable, speaks_unicode, write_pieces
 
 if TYPE_CHECKING:
     from ..medpsy.policy import Admission
+    from ..runtime.tokenizer.bpe import Tokenizer
     from ..session import Session
     from ..text.generation import TokenRun
     from ..text.prompt import Prompt
@@ -49,15 +53,23 @@ Examples:
 
 
 @click.command("generate", epilog=EPILOG)
-@click.argument("model", type=MODEL_PATH)
-@click.option("--prompt", metavar="TEXT", help="Text to continue; - reads stdin, as does a pipe without a prompt.")
-@click.option("--prompt-file", metavar="FILE", help="The text lies in this file (UTF-8); - reads stdin.")
+@model_argument()
+@click.option(
+    "-p", "--prompt", metavar="TEXT", help="Text to continue; - reads stdin, as does a pipe without a prompt."
+)
+@click.option("-f", "--prompt-file", metavar="FILE", help="The text lies in this file (UTF-8); - reads stdin.")
 @click.option("--prompt-token-ids", "ids", type=TOKEN_IDS, help="Token ids to continue, instead of a text.")
 @click.option("--chat", is_flag=True, help="Write the text as a user's turn, by the file's chat template.")
 @click.option("--system", metavar="TEXT", help="A system message before it; implies --chat.")
 @click.option("--thinking", type=click.Choice(["on", "off"]), help="Switch the model's thinking; implies --chat.")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Stop after N tokens."
+    "-n",
+    "--max-new-tokens",
+    type=TOKEN_COUNT,
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Stop after N tokens; -1: as far as the context reaches.",
 )
 @click.option("--stop", multiple=True, metavar="STRING", help="Stop before this text; repeatable.")
 @click.option(
@@ -116,7 +128,8 @@ def command(
     sampler = SamplerSettings(**{"seed": new_seed(), **sampling}) if sampling else GREEDY
     asked = Request(text, ids, chat, system, None if thinking is None else thinking == "on")
     admitted: list[Admission] = []
-    with Prompt(asked, max_new_tokens, options.ctx) as request:
+    most = None if max_new_tokens == -1 else max_new_tokens
+    with Prompt(asked, most or 1, options.ctx) as request:
         with stages() as bars:
             on_hash = bars.bar(f"hashing {model.name}", in_bytes=True)
 
@@ -130,8 +143,7 @@ def command(
                     with_digest=False,
                     on_hash=on_hash,
                 )
-                for warning in admission.warnings:
-                    click.echo(f"psigraph: warning: {warning}", err=True)
+                warn_of_file(model, admission.warnings)
                 admitted.append(admission)
 
             def check(opened: Model) -> None:
@@ -151,19 +163,26 @@ def command(
                 on_compile=bars.bar("compiling kernels"),
             )
             session = open_session(model, options)
-        with session:
+        with session, Waiting() as waiting:
+
+            def cancelled() -> bool:
+                """Never; but asked for before every part of the prompt."""
+                waiting.reading(session.position, len(request.ids))
+                return False
+
             session.expect_prompt(len(request.ids))
-            tokens = Decoder(session).run(request.ids, Limits(max_new_tokens, sampler, logprobs=logprobs))
+            tokens = Decoder(session).run(request.ids, Limits(most, sampler, logprobs=logprobs, cancelled=cancelled))
             if as_json:
                 record = _record(tokens, request, admitted[0], session, stop)
+                waiting.end()
                 if not sampler.greedy:
                     record["seed"] = sampler.seed
                 click.echo("".join(showable([json.dumps(record, ensure_ascii=not speaks_unicode())])))
             else:
                 pieces = _pieces(tokens, request, admitted[0], output, stop)
-                write_pieces(["".join(pieces)] if stream is False else pieces)
+                write_pieces(waiting.until_first(["".join(pieces)] if stream is False else pieces))
             if tokens.reason == "context":
-                click.echo(f"psigraph: {context_full(session)}", err=True)
+                note(f"psigraph: {context_full(session)}")
 
 
 def context_full(session: Session) -> str:
@@ -250,13 +269,21 @@ def _record(
     if tokens.logprobs:
         record["logprobs"] = [
             {
-                "id": one.token,
-                "text": tokenizer.decode([one.token]) if tokenizer is not None else None,
+                **_token(one.token, tokenizer),
                 "logprob": one.value,
-                "likeliest": [{"id": token, "logprob": value} for token, value in one.likeliest],
+                "likeliest": [{**_token(token, tokenizer), "logprob": value} for token, value in one.likeliest],
             }
             for one in tokens.logprobs
         ]
     if guard is not None:
         record["disclaimer"] = guard.disclaimer
     return record
+
+
+def _token(token: int, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A token of the record: its id and text, and its bytes where they are no whole characters."""
+    if tokenizer is None:
+        return {"id": token, "text": None}
+    data = tokenizer.decode_bytes([token])
+    text = data.decode("utf-8", "replace")
+    return {"id": token, "text": text, **({} if text.encode() == data else {"bytes": list(data)})}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..ir.errors import UsageError
-from .options import MODEL_PATH
+from .model_argument import model_argument
 from .tables import kernel_table, launch_table, pass_table, step_line
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Examples:
 
 
 @click.command("inspect", epilog=EPILOG)
-@click.argument("model", type=MODEL_PATH, metavar="MODEL|DIR")
+@model_argument(metavar="MODEL|DIR")
 @click.option(
     "--stage",
     type=click.Choice(["model", "fused", "program", "prompt"]),
@@ -47,7 +47,7 @@ Examples:
 @click.option("--after", metavar="PASS", help="The graph after this pass.")
 @click.option("--diff", metavar="PASS", help="What this pass changed, as a unified diff.")
 @click.option("--kernel", metavar="NAME", help="The CUDA C text of this kernel.")
-@click.option("--layer", type=click.IntRange(0), metavar="N", help="Only this layer.")
+@click.option("--layer", type=click.IntRange(0), metavar="N", help="Only this layer; of a --kernel, its launches.")
 @click.option(
     "--format", "form", type=click.Choice(["text", "dot", "json"]), default="text", show_default=True, help="How."
 )
@@ -129,9 +129,15 @@ def _program(found: Inspected, step: str, layer: int | None, form: str) -> str:
 def _kernel(found: Inspected, name: str, layer: int | None, form: str) -> str:
     text = found.kernel(name)
     launches = found.launches(name, layer) if form == "json" or layer is not None else []
-    if form == "text":
-        return text if text.endswith("\n") else text + "\n"
-    return json.dumps({"name": name, "text": text, "launches": launches}, indent=1) + "\n"
+    if form == "json":
+        return json.dumps({"name": name, "text": text, "launches": launches}, indent=1) + "\n"
+    # The text is the same for all layers: what is a layer's own are its launches.
+    comments = [
+        f"// layer {layer}: computes {', '.join(f'%{node}' for node in launch['nodes'])}; {launch['grid']} x "
+        f"{launch['block']}, {launch['shared_bytes']:,} bytes of shared memory\n"
+        for launch in launches
+    ]
+    return (text if text.endswith("\n") else text + "\n") + "".join(comments)
 
 
 def _overview(found: Inspected, step: str) -> str:

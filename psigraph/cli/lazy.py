@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -14,13 +14,22 @@ class LazyGroup(click.Group):
 
     commands_table: command name -> one-line summary, in the order that `--help` lists them.
     package: the package that holds the modules; a hyphen in a name is an underscore in the module's.
+    prepare: gets every command before it is used, for what all of them have in common.
     Each module calls its click command `command`.
     """
 
-    def __init__(self, *args: Any, commands_table: Mapping[str, str], package: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        commands_table: Mapping[str, str],
+        package: str,
+        prepare: Callable[[click.Command], None],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.commands_table = dict(commands_table)
         self.package = package
+        self.prepare = prepare
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands_table)
@@ -31,6 +40,7 @@ class LazyGroup(click.Group):
         found = import_module(f".{cmd_name.replace('-', '_')}", self.package).command
         if not isinstance(found, click.Command):
             raise TypeError(f"{self.package}.{cmd_name}.command is no click command")
+        self.prepare(found)
         return found
 
     def resolve_command(

@@ -38,10 +38,12 @@ class TokenIds(_Ids):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         if isinstance(value, tuple):
             return value
-        ids = []
+        ids: list[int] = []
         for part in re.split(r"[,\s]+", value.strip()):
             if not re.fullmatch(r"\d{1,10}", part, re.ASCII):
-                what = f"{part[:40]!r} is no token id" if part else "the prompt is empty"
+                what = f"{part[:40]!r} is no token id" if part else "an id is missing beside a comma"
+                if not value.strip():
+                    what = "the prompt is empty"
                 self.fail(f"{what}; give numbers from 0, separated by commas, such as 151644,872", param, ctx)
             ids.append(int(part))
         return tuple(ids)
@@ -78,11 +80,25 @@ class Depths(_Ids):
 DEPTHS = Depths()
 
 
+class TokenCount(click.IntRange):
+    """At least 1; or -1, for no limit."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return -1 if value in (-1, "-1") else int(super().convert(value, param, ctx))
+
+
+TOKEN_COUNT = TokenCount()
+
+
 class NamedPath(click.Path):
     """A path; an empty one, which Python takes for the folder it is in, is refused."""
 
     def __init__(self) -> None:
-        super().__init__(path_type=Path)
+        # Who reads the file says why it cannot, with the exit code that this has: 3 for a model, not 2.
+        super().__init__(path_type=Path, readable=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -132,6 +148,7 @@ def run_options(command: Command) -> Command:
         (
             click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU."),
             click.option(
+                "-c",
                 "--ctx",
                 type=click.IntRange(1),
                 metavar="N",

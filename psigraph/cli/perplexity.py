@@ -12,7 +12,9 @@ import click
 from ..ir.errors import UsageError
 from ..json_file import check_writable, write_json_atomically
 from ..options import SessionOptions
-from .options import FILE_PATH, MODEL_PATH, admission_options, backend_option, run_options
+from .model_argument import model_argument
+from .notes import warn, warn_of_file
+from .options import FILE_PATH, admission_options, backend_option, run_options
 from .stages import stages
 from .texts import read_text
 
@@ -39,8 +41,8 @@ FILE = FILE_PATH
 
 
 @click.command("perplexity", epilog=EPILOG)
-@click.argument("model", type=MODEL_PATH)
-@click.option("--text", type=FILE, metavar="FILE", help="The text, in UTF-8; - reads stdin.")
+@model_argument()
+@click.option("-f", "--text", type=FILE, metavar="FILE", help="The text, in UTF-8; - reads stdin.")
 @click.option("--against", type=FILE, metavar="R", help="Saved logits: an .npz file, or a report that names one.")
 @click.option("--key", metavar="NAME", help="Which array of the file. Default: logits, or that of the model's tier.")
 @click.option(
@@ -97,8 +99,7 @@ def command(
     def admit(file: GgufFile) -> None:
         """The policy first; then what is to be read, since its length decides how large the context must be."""
         admission = admit_file(file, allow_blocked=allow_blocked, expect_sha256=expect_sha256, on_hash=on_hash)
-        for warning in admission.warnings:
-            click.echo(f"psigraph: warning: {warning}", err=True)
+        warn_of_file(model, admission.warnings)
         admitted.append(admission)
         if against is not None:
             found.append(load_reference(against, admission.tier, key))
@@ -133,7 +134,7 @@ def command(
         session = open_session(model, options)
         with session:
             if found and size() != found[0].window:
-                click.echo(f"psigraph: warning: the reference was read in windows of {found[0].window}", err=True)
+                warn(f"the reference was read in windows of {found[0].window}")
             rows: list[np.ndarray] | None = [] if save_logits is not None else None
             result = measure(session, ids, size(), found[0] if found else None, rows, bars.bar("reading"))
             report = _report(result, session, admitted[0], found)

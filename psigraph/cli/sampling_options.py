@@ -36,10 +36,10 @@ class LogitBias(click.ParamType[tuple[tuple[int, float], ...]]):
         return tuple(found)
 
 
-# Option -> (field of SamplerSettings, type, what it does).
+# Option -> (field of SamplerSettings, type, what it does). -1 as a seed or as top-k is what other tools call it.
 OPTIONS: dict[str, tuple[str, click.ParamType[Any], str]] = {
     "--temperature": ("temperature", click.FloatRange(0, 100), "Probabilities are softmax(logits / T); 0: greedy."),
-    "--top-k": ("top_k", click.IntRange(0, (1 << 31) - 1), "Of the K likeliest tokens; 0: of all."),
+    "--top-k": ("top_k", click.IntRange(-1, (1 << 31) - 1), "Of the K likeliest tokens; 0 or -1: of all."),
     "--top-p": ("top_p", click.FloatRange(0, 1), "Of the fewest whose probabilities reach P; 1: of all."),
     "--min-p": ("min_p", click.FloatRange(0, 1), "Of those with at least this part of the likeliest's probability."),
     "--repeat-penalty": (
@@ -55,9 +55,13 @@ OPTIONS: dict[str, tuple[str, click.ParamType[Any], str]] = {
         "penalty_window", click.IntRange(-1, (1 << 31) - 1), "How many of the last tokens penalties see; -1: all."
     ),
     "--seed": (
-        "seed", click.IntRange(0, (1 << 64) - 1), "The same seed draws the same text. Default: a new one; in bench 0."
+        "seed",
+        click.IntRange(-1, (1 << 64) - 1),
+        "The same seed draws the same text. Default, or -1: a new one; in bench 0.",
     ),
 }  # fmt: skip
+# What llama.cpp calls them.
+ALSO = {"--temperature": ("--temp",), "--penalty-window": ("--repeat-last-n",), "--seed": ("-s",)}
 
 
 def sampling_options(command: Command) -> Command:
@@ -69,6 +73,10 @@ def sampling_options(command: Command) -> Command:
         sampling = {name: values.pop(name) for name in names if values.get(name) is not None}
         for name in names:
             values.pop(name, None)
+        if sampling.get("seed") == -1:
+            sampling["seed"] = new_seed()
+        if sampling.get("top_k") == -1:
+            sampling["top_k"] = 0
         biases = [pair for group in values.pop("logit_bias") for pair in group]
         if biases:
             sampling["logit_bias"] = dict(biases)
@@ -82,7 +90,7 @@ def sampling_options(command: Command) -> Command:
         help="Added to a token's logit; -inf forbids the token; repeatable.",
     )(gathered)
     for option, (field, kind, text) in reversed(OPTIONS.items()):
-        found = click.option(option, field, type=kind, metavar="N", help=text)(found)
+        found = click.option(option, *ALSO.get(option, ()), field, type=kind, metavar="N", help=text)(found)
     return found
 
 

@@ -18,8 +18,18 @@ from click.shell_completion import shell_complete
 from ..ir.errors import OutOfMemoryError, PsigraphError
 from .commands import main
 from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTEM
+from .notes import is_quiet, printable, set_quiet
+from .terminal import is_plain
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# What click calls a kind of number, and what people call it.
+_KINDS = {
+    "is not a valid integer range": "is not a whole number",
+    "is not a valid integer": "is not a whole number",
+    "is not a valid float range": "is not a number",
+    "is not a valid float": "is not a number",
+}
 
 _shown_warnings: set[str] = set()  # one cause, such as a cache that cannot be written, may be met in several places
 
@@ -31,6 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     warnings.showwarning = _show_warning
     _shown_warnings.clear()
+    set_quiet(False)
     # A file's name may hold bytes that no encoding of stdout has; it is shown with escapes then.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -83,13 +94,16 @@ def _invoke(group: click.Group, arguments: list[str]) -> object:
     if completion:
         return shell_complete(group, {}, "psigraph", "_PSIGRAPH_COMPLETE", completion)
     # Alone on the line, the program's name asks what it can do.
-    with group.make_context("psigraph", arguments or ["--help"]) as context:
+    colour = False if is_plain() else None
+    with group.make_context("psigraph", arguments or ["--help"], color=colour) as context:
         return group.invoke(context)
 
 
 def _usage_line(error: click.ClickException) -> str:
     """click's message in this program's form, with the help that fits."""
     message = " ".join(error.format_message().split()).rstrip(".")
+    for clicks, ours in _KINDS.items():
+        message = message.replace(clicks, ours)
     context = getattr(error, "ctx", None)
     if context is None:
         return message
@@ -129,20 +143,9 @@ def _show_warning(
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)
     stream = file or sys.stderr
-    if stream is not None and text not in _shown_warnings:
+    if stream is not None and not is_quiet() and text not in _shown_warnings:
         _shown_warnings.add(text)
         stream.write(text)
-
-
-def printable(message: str) -> str:
-    """The message with control characters escaped: names out of a model file must not drive the terminal.
-
-    Line breaks stay, since an error in a spec shows the program with the offender underlined.
-    """
-    return "".join(
-        letter if letter == "\n" or letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-        for letter in message
-    )
 
 
 def _is_ours(module: str | None) -> bool:

@@ -10,7 +10,7 @@ import click
 from ..ir.errors import OutputError
 from ..runtime.synth.model import QUANTS, SIZES, write_synth
 from .options import FILE_PATH
-from .terminal import progress_bar
+from .stages import stages
 
 EPILOG = """\b
 Example:
@@ -43,6 +43,7 @@ def command(out: Path, size: str, quant: str, seed: int, untied: bool, layers: i
     """
     if not force and os.path.lexists(out):
         raise OutputError(f"{out}: is there already; name another file, or give --force to write over it")
-    with progress_bar(f"writing {out.name}", in_bytes=True) as progress:
+    with stages() as bars:
+        progress = bars.bar(f"writing {out.name}", in_bytes=True)
         write_synth(out, size, quant, seed, untied=untied, layers=layers, progress=progress)
     click.echo(f"{out}: {out.stat().st_size:,} bytes, {size} {quant}, seed {seed}")

@@ -76,7 +76,8 @@ def kernel_table(record: Mapping[str, Any], step: str = DECODE) -> str:
                 str(found.get("spill_bytes", "-")),
             )
         )
-    head = ("kernel", "launches", "grid x block", "shared (dynamic + static)", "bytes a token", "registers", "spills")
+    bytes_of = "bytes a token" if step == DECODE else "bytes a chunk"
+    head = ("kernel", "launches", "grid x block", "shared (dynamic + static)", bytes_of, "registers", "spills")
     return text_table(head, rows)
 
 

@@ -9,7 +9,8 @@ import click
 from ..ir.errors import UsageError
 from ..options import SessionOptions
 from .kernels_only import kernels_only
-from .options import MODEL_PATH, Seconds, backend_option, kv_type_option
+from .model_argument import model_argument
+from .options import Seconds, backend_option, kv_type_option
 from .stages import stages
 
 EPILOG = """\b
@@ -23,7 +24,7 @@ Examples:
 
 
 @click.command("tune", epilog=EPILOG)
-@click.argument("model", type=MODEL_PATH)
+@model_argument()
 @backend_option("cuda")
 @click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU.")
 @kv_type_option

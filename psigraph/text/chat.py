@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -21,6 +22,8 @@ FORMAT = "psigraph chat 1"
 # What Qwen3's model card asks for; taking the likeliest token each time makes its thinking go round in circles.
 CHAT_SAMPLER = SamplerSettings(temperature=0.6, top_k=20, top_p=0.95, min_p=0.0)
 _OFF = ("none", "off", "default")
+
+Turns = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,18 @@ class Conversation:
     model: LanguageModel
     settings: ChatSettings = field(default_factory=ChatSettings)
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: Turns = field(default_factory=list)
+
+    @property
+    def questions(self) -> list[str]:
+        """What the user said, turn by turn, oldest first."""
+        return [turn["content"] for turn in self.turns if turn["role"] == "user"]
+
+    def check(self, settings: ChatSettings) -> None:
+        """UsageError for settings that no answer of this model could be made by."""
+        settings.sampler.words(self.model.vocabulary)  # says which token of a bias there is not
+        if settings.thinking is not None:
+            self.model.template.render(self.messages("Hello"), settings.thinking)
 
     def messages(self, question: str | None = None) -> list[dict[str, str]]:
         """For the template: the system message, the turns, the question."""
@@ -145,6 +159,41 @@ class Conversation:
     def keep(self, question: str, answer: str) -> None:
         """Remember a turn of each."""
         self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    def undo(self) -> str:
+        """Forget the last turn, and give its question; UsageError where there is none."""
+        last = max((index for index, turn in enumerate(self.turns) if turn["role"] == "user"), default=None)
+        if last is None:
+            raise UsageError("nothing was asked yet")
+        question = self.turns[last]["content"]
+        self.turns = self.turns[:last]
+        return question
+
+    def drop(self, count: int) -> list[str]:
+        """Leave out the `count` oldest turns, and give their questions."""
+        dropped = self.questions[:count]
+        self.turns = self._without(count)
+        return dropped
+
+    def turns_in_the_way(self, question: str) -> int | None:
+        """How many of the oldest turns must go until the context has room for the question and an answer, the fewest;
+        None where that does not help. Room for an answer: max_new_tokens, or a quarter of the context if that is less.
+        """
+        context, most = self.model.context, len(self.questions)
+        room = min(self.settings.max_new_tokens or context, context // 4)
+        fewest = bisect_left(range(most + 1), True, key=lambda count: self._tokens(count, question) <= context - room)
+        if fewest <= most:
+            return fewest
+        return most if self._tokens(most, question) <= context else None
+
+    def _tokens(self, dropped: int, question: str) -> int:
+        """Of the prompt, without the oldest turns."""
+        rest = replace(self, turns=self._without(dropped))
+        return len(self.model.encode(self.model.template.render(rest.messages(question), self.settings.thinking)))
+
+    def _without(self, count: int) -> Turns:
+        starts = [index for index, turn in enumerate(self.turns) if turn["role"] == "user"]
+        return self.turns[starts[count] :] if count < len(starts) else []
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation to a file, whole or not at all; OutputError where that fails."""

@@ -13,6 +13,7 @@ from ..ir.errors import UsageError
 from ..ir.sampling import BIAS_SLOTS, BIAS_TOKENS, BIAS_VALUES, SAMPLER_WORDS
 
 MOST_TEMPERATURE = 100.0
+MOST_BIAS = float(np.finfo(np.float32).max)  # what kernels add
 SEEDS = 1 << 64
 # Bins of the kernels' search: 1024 of them reach 32 units of a logit far at temperature 1. Weights end at 27.8 units
 # (40 bits), so that the last bin, which holds all that is further, weighs nothing.
@@ -62,8 +63,11 @@ class SamplerSettings:
             raise UsageError(f"logit_bias: {len(self.logit_bias)} tokens; at most {BIAS_SLOTS} are supported")
         for token, bias in self.logit_bias.items():
             _whole("logit_bias", token, 0, (1 << 31) - 1)
-            if not isinstance(bias, (int, float)) or not bias < math.inf or math.isnan(np.float32(bias)):
-                raise UsageError(f"logit_bias of token {token} is {bias}; give a number, or -infinity to forbid it")
+            if not isinstance(bias, (int, float)) or not (bias == -math.inf or abs(bias) <= MOST_BIAS):
+                raise UsageError(
+                    f"logit_bias of token {token} is {bias}; give a number, or -infinity to forbid it; "
+                    f"numbers end at {MOST_BIAS:.3g}"
+                )
 
     @property
     def greedy(self) -> bool:
@@ -107,8 +111,7 @@ class SamplerSettings:
         bits[10], bits[11] = self.seed & 0xFFFFFFFF, self.seed >> 32
         words[12] = len(self.logit_bias)
         words[BIAS_TOKENS : BIAS_TOKENS + len(self.logit_bias)] = list(self.logit_bias)
-        with np.errstate(over="ignore"):
-            numbers[BIAS_VALUES : BIAS_VALUES + len(self.logit_bias)] = list(self.logit_bias.values())
+        numbers[BIAS_VALUES : BIAS_VALUES + len(self.logit_bias)] = list(self.logit_bias.values())
         return words
 
 

@@ -59,6 +59,8 @@ def compile_program(
 
     compiled = dict(known)
     futures: list[Future[CompiledKernel]] = []
+    if progress:  # g++ takes seconds for the first one
+        progress(len(compiled), len(program.kernels))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         try:
             futures.extend(pool.submit(one, kernel.name) for kernel in program.kernels if kernel.name not in known)

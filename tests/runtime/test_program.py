@@ -46,7 +46,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     with open_model(path) as model:
         decode = build_program(model, TARGET)
         both = with_prefill(decode, model.graph((), False, PREFILL_ROWS), TARGET)
-    return Made(path, decode, both, compile_program(both, "host", KernelCache(None)))
+    shown: list[tuple[int, int]] = []
+    compiled = compile_program(both, "host", KernelCache(None), lambda done, total: shown.append((done, total)))
+    # Before the first kernel too, which takes g++ seconds.
+    assert shown == [(done, len(both.kernels)) for done in range(len(both.kernels) + 1)]
+    return Made(path, decode, both, compiled)
 
 
 @pytest.fixture(params=[True, False], ids=["replayed", "launched"])

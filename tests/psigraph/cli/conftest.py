@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,4 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, kernel_cache: Path) -> None:
     monkeypatch.setattr(gpu_start, "start_driver", start)
     monkeypatch.setattr(numpy_path, "dequantized", dequantized_once)
     monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(kernel_cache))
+    shutil.rmtree(kernel_cache / "told", ignore_errors=True)  # every test is a first run

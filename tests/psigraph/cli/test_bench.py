@@ -14,6 +14,7 @@ from psigraph.bench import measure as measuring
 from psigraph.bench.report import read_json, validate_report
 from psigraph.cli import run
 from psigraph.cli.bench import summary
+from psigraph.runtime.gguf.file import open_gguf
 from psigraph.runtime.synth.model import write_synth
 from psigraph.runtime.synth.vocab import SMALLEST
 
@@ -193,9 +194,11 @@ def test_refusals(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_default_prompt_is_named_as_such(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(BASE) == 2
-    assert "--prompt-token-ids (not given, so 151644): token id 151644 is outside" in capsys.readouterr().err
+def test_without_a_prompt_the_file_says_which_token_begins(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert run(["bench", str(Q4), "-n", "1", "-r", "1", "--json-out", str(out)]) == 0
+    with open_gguf(Q4) as file:
+        assert read_json(out)["prompt_tokens"] == [file.metadata["tokenizer.ggml.bos_token_id"]]
 
 
 def test_a_baseline_of_other_work_is_refused_before_the_work_and_one_of_the_same_is_compared(
@@ -274,6 +277,24 @@ def test_the_summary_of_a_gpu_names_share_and_doubts() -> None:
     shown = summary(a_shown_report(roofline__valid=False, environment__gpu_idle=False))
     assert "this row is void" in shown
     assert "the GPU was not idle" in shown
+
+
+def test_a_prompt_too_short_for_a_profile_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = a_shown_report()
+    prompt = {"tokens": 8, "way": "token by token: too short for a chunk", "median_first_token_ms": 1.0}
+    report["timings"] |= {"prompt": {**prompt, "prompt_tokens_per_second": 8.0}}
+    report["timings"]["profile"] = {"position": 4, "step_us": 1.0, "rows_us": 1.0}
+    report["kernels"] = []
+    monkeypatch.setattr(measuring, "run_bench", lambda *_, **__: report)
+    given = ["bench", str(Q4), "--profile", "--prompt-tokens", "8"]
+    assert run(given) == 0
+    said = "--profile: no rows for the prompt, whose 8 tokens go in token by token: too short for a chunk"
+    assert said in capsys.readouterr().err
+    report["timings"]["prompt"]["profile"] = report["timings"]["profile"]
+    assert run(given) == 0
+    assert "no rows for the prompt" not in capsys.readouterr().err
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

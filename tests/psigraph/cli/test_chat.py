@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
@@ -20,8 +21,12 @@ from tiny_model import Q4
 from psigraph import api
 from psigraph.cli import run
 from psigraph.cli.chat import interrupts
+from psigraph.cli.chat_history import read_history
 from psigraph.cli.chat_input import entries
+from psigraph.ir.errors import OutOfMemoryError, UsageError
 from psigraph.medpsy.guard import Guard, load_policy
+from psigraph.options import SessionOptions
+from psigraph.text.chat import Conversation
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
@@ -92,6 +97,80 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     assert "Traceback" not in shown.err
 
 
+def test_commands_that_other_chats_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there.json").write_text("precious")
+    lines = [
+        "/undo", "/regen", "/drop", SAID, "/regen", "/set temp 1", "/set seed 4", "/regen", "/save ~/chat.json",
+        "/undo", "/undo", "/save ~/chat.json", "/save ~/there.json", "/clear", "/save ~/chat.json",
+        "/save -f ~/there.json", "/load ~/chat.json", "/load ~no-such-user/x", "/set top_k -1",
+        "/set parameter num_ctx 64", "/set ctx 0", "/set ctx 2049", "/set ctx", "/set thinking off",
+        "/set thinking default", "/drop 2", "/?", "/bye", SAID,
+    ]  # fmt: skip
+    talk(monkeypatch, "\n".join(lines))
+    shown = capfd.readouterr()
+    first, again, *drawn = shown.out.splitlines()
+    assert first == again
+    assert len(drawn) == 1
+    replies = [line for line in shown.err.splitlines() if not line.startswith(("[", "psigraph: warning", "tiny"))]
+    there, mine = tmp_path / "there.json", tmp_path / "chat.json"
+    for reply, begins in zip(
+        replies,
+        [
+            "psigraph: nothing was asked yet", "psigraph: nothing was asked yet", "psigraph: /drop: there is no turn",
+            "asked again; at temperature 0", "temperature 1.0", "seed 4", "asked again, with seed 5",
+            f"saved: {mine}", f'taken back: "{SAID}"', "psigraph: nothing was asked yet", f"saved: {mine}",
+            f"psigraph: {there}: is there already; /save -f ~/there.json writes over it",
+            "the conversation begins anew", f"psigraph: {mine}: is there already", f"saved: {there}",
+            f"loaded: {mine}, 0 messages", "psigraph: /load ~no-such-user/x: there is no such home folder", "top_k 0",
+            "ctx 64", "psigraph: ctx is '0'; give a number of tokens from 1 to 2,048", "psigraph: ctx is '2049'",
+            "ctx 64", "psigraph: --thinking off: the model's chat template cannot", "thinking none",
+            "psigraph: /drop 2", "  /help",
+        ],
+        strict=False,
+    ):  # fmt: skip
+        assert reply.startswith(begins), replies
+    assert "/clear is /reset, /bye is /quit" in shown.err
+    assert json.loads(there.read_text())["messages"] == []
+
+
+def test_an_answer_asked_for_again_that_does_not_come_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask, answers = Conversation.ask, []
+
+    def once(self: Conversation, *arguments: Any) -> Any:
+        answers.append(arguments)
+        if len(answers) == 2:
+            raise UsageError("no second answer")
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(Conversation, "ask", once)
+    talk(monkeypatch, f"{SAID}\n/regen\n/save {tmp_path / 'chat.json'}\n")
+    assert "psigraph: no second answer" in capfd.readouterr().err
+    saved = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert [message["role"] for message in saved] == ["user", "assistant"]
+
+
+def test_a_context_that_is_no_good_leaves_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    opened = api.LanguageModel._open
+
+    def refuse(self: Any, options: SessionOptions) -> None:
+        if options.ctx == 64:
+            raise OutOfMemoryError("64 positions do not fit")
+        opened(self, options)
+
+    monkeypatch.setattr(api.LanguageModel, "_open", refuse)
+    talk(monkeypatch, f"/set ctx 64\n/set ctx\n{SAID}\n")
+    shown = capfd.readouterr()
+    assert "psigraph: ctx stays 128: 64 positions do not fit\nctx 128\n" in shown.err
+    assert len(shown.out.splitlines()) == 1
+
+
 def test_temperature_may_be_raised_in_the_middle(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,11 +183,27 @@ def test_temperature_may_be_raised_in_the_middle(
 def test_a_full_context_is_said_and_a_conversation_that_does_not_fit_is_kept_as_it_was(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    talk(monkeypatch, f"{SAID}\n{SAID}\n/reset\n{SAID}\n", "--ctx", "21")
+    talk(monkeypatch, f"{SAID}\n{SAID}\n/reset\n{SAID}\n/drop\n", "--ctx", "21")
     shown = capfd.readouterr()
     assert len(shown.out.splitlines()) == 2
     assert shown.err.count("stopped: the context is full; /reset begins anew") == 2
     assert "psigraph: the conversation has 4" in shown.err
+    assert f'/drop leaves out the oldest turn of 1 ("{SAID}") and asks again' in shown.err
+    assert shown.err.endswith(f'left out: "{SAID}"\n')  # nothing waits for an answer any more
+
+
+def test_a_question_that_does_not_fit_is_asked_again_when_the_turns_in_its_way_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script, kept = tmp_path / "lines.txt", tmp_path / "chat.json"
+    script.write_text(f"One?\nTwo?\nThree?\n/drop\n/save {kept}\n/reset\n{'whale ' * 60}\n")
+    assert run([*BASE, "--script", str(script), "--ctx", "40"]) == 0
+    shown = capfd.readouterr().out
+    assert '/drop leaves out the oldest turn of 2 ("One?") and asks again' in shown
+    assert shown.partition("> /drop\n")[2].startswith('left out: "One?"\n')
+    asked = [turn["content"] for turn in json.loads(kept.read_text())["messages"] if turn["role"] == "user"]
+    assert asked == ["Two?", "Three?"]
+    assert "/drop" not in shown.partition("whale whale")[2]  # it would not help: the question alone is too long
 
 
 def test_the_guard_answers_in_the_models_place_and_the_chat_goes_on(
@@ -132,6 +227,7 @@ def test_the_guard_answers_in_the_models_place_and_the_chat_goes_on(
         (b"a \xff\n", (), 2, "stdin: byte 2 (0xff) is not UTF-8"),
         ("", ("--thinking", "on"), 2, "cannot switch thinking"),
         ("", ("--script", "/nonexistent"), 2, "/nonexistent: cannot be read"),
+        ('"""\nlost\n', (), 2, 'psigraph: the input ended within """: a line was not sent'),
         ("", ("--stop", ""), 2, "stop string is empty"),
         ("", ("--logit-bias", "5000=1"), 2, "token id 5000 is outside the vocabulary"),
         ("", ("--backend", "cuda"), 7, "--backend cpu"),
@@ -158,7 +254,10 @@ def test_entries_are_lines_and_blocks() -> None:
         except StopIteration:
             raise EOFError from None
 
-    assert list(entries(read)) == ["a", "one", "two\n\n three"]
+    found = []
+    with pytest.raises(UsageError, match='the input ended within """: 2 lines were not sent'):
+        found.extend(entries(read))
+    assert found == ["a", "one", "two\n\n three"]
 
 
 def test_ctrl_c_while_an_answer_comes_is_noted_and_the_second_one_raises() -> None:
@@ -197,7 +296,7 @@ class Terminal:
 
     def __init__(self, *arguments: str) -> None:
         self.leader, follower = pty.openpty()
-        command = [sys.executable, "-m", "psigraph", *arguments]
+        command = [sys.executable, *arguments]
         self.process = subprocess.Popen(
             command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True, close_fds=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
@@ -241,25 +340,62 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     monkeypatch.setenv("TERM", "dumb")
-    found = Terminal(*BASE, "--backend", "cpu", "--max-new-tokens", "100000")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    found = Terminal("-m", "psigraph", *BASE, "--backend", "cpu", "--max-new-tokens", "100000")
     yield found
     found.close()
 
 
-def test_on_a_terminal(terminal: Terminal) -> None:
+def test_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.until("> ")
     terminal.type(f"{SAID}\n")
     terminal.until(f"{SAID}\r\n")
-    terminal.until(" ")  # the answer has begun
+    terminal.until("reading ...")  # the sign of life
+    terminal.until("reading 19 of 19 tokens ...")
+    terminal.until(" \r")  # the answer has begun
+    assert "\x1b" not in terminal.shown  # TERM=dumb
     terminal.type("\x03")
     terminal.until("]")
     assert "stopped by Ctrl-C]" in terminal.shown or "tok/s" in terminal.shown
     terminal.until("> ")
     terminal.press("\x03", "Ctrl-C once more leaves")
     terminal.until("> ")
+    terminal.press("/set seed\n", "seed ")
+    terminal.until("> ")
     assert terminal.press("\x04") == 0
+    assert read_history(tmp_path / "psigraph" / "chat_history")[:2] == [SAID, "/set seed"]
+
+
+ECHO = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))  # None: cannot be imported
+from psigraph.cli.chat_input import entries, terminal_reader
+for entry in entries(terminal_reader()):
+    print("got", ascii(entry))
+"""
+
+
+@pytest.mark.parametrize(
+    ("term", "absent", "marks"),
+    [("xterm", (), ("\x1b[200~", "\x1b[201~")), ("dumb", (), ("", "")), ("xterm", ("readline",), ("", ""))],
+    ids=["marked", "dumb", "no readline"],
+)
+def test_pasted_lines_are_one_turn(
+    term: str, absent: tuple[str, ...], marks: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    shown = Terminal("-c", ECHO, *absent)
+    try:
+        shown.until("> ")
+        shown.type(f"{marks[0]}def whale():\n\n    /dive{marks[1]}\n")
+        shown.until("got 'def whale():\\n\\n    /dive'")
+        shown.until("> ")
+        shown.type("one\n")
+        shown.until("got 'one'")
+    finally:
+        shown.close()
 
 
 def test_ctrl_c_twice_at_the_prompt_leaves(terminal: Terminal) -> None:

@@ -19,7 +19,7 @@ from psigraph.inspect import compilation
 from psigraph.ir.regime import Regime
 from psigraph.ir.text import parse_graph
 from psigraph.passes.pipeline import PIPELINE
-from psigraph.runtime.synth.model import synth_model, write_synth
+from psigraph.runtime.synth.model import QUANTS, SIZES, synth_model, write_synth
 from psigraph.runtime.synth.vocab import SMALLEST
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -92,6 +92,10 @@ def test_a_size_needs_no_file_and_is_what_synth_writes(tmp_path: Path, capsys: p
     assert run(["compile", "--size", "0.6B", "--quant", "Q8_0", "--arch", "sm_90a"]) == 0
     shown = capsys.readouterr().out
     assert "142 launches a token, 5 a layer" in shown
+    chunk = shown.partition("sm_90a, 132 multiprocessors, a prompt's chunk")[2]
+    for part in ("prefill_matvec_swiglu", "bytes a chunk", "launches a chunk, 8 a layer"):
+        assert part in chunk
+    assert "halve_activations" in shown.partition("a prompt's chunk")[2]
     assert "repack_q8_0" in shown
 
 
@@ -237,7 +241,10 @@ def test_a_kernels_record_has_its_launches_of_the_layer(kernel: str, capsys: pyt
     assert run([*shown, "--format", "json", "--layer", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["launches"] == [everywhere[2]]
     assert run([*shown, "--layer", "2"]) == 0
-    assert capsys.readouterr().out.startswith("#include")
+    text = capsys.readouterr().out
+    assert text.startswith("#include")
+    # The text is every layer's; what is this layer's own stands behind it.
+    assert f"// layer 2: computes %{everywhere[2]['nodes'][0]}" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -374,3 +381,9 @@ def test_inspect_refuses_folders_that_are_not_whole(tmp_path: Path, capsys: pyte
         assert run(["inspect", str(folder)]) == (2 if text else 3)
         assert str(folder) in capsys.readouterr().err
     assert run(["inspect", str(tmp_path / "empty"), "--arch", "sm_80"]) == 2
+
+
+def test_help_lists_every_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["compile", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert not [name for name in (*QUANTS, *SIZES) if name not in shown]

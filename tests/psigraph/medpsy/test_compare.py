@@ -16,6 +16,7 @@ from psigraph.bench.gpu_state import GpuState, gpu_state
 from psigraph.bench.report import validate_report
 from psigraph.cli import compare as compare_command
 from psigraph.cli import run
+from psigraph.cli.comparison_table import comparison
 from psigraph.ir.errors import OutputError, PolicyRefusal, PsigraphError, UsageError
 from psigraph.json_file import read_json
 from psigraph.medpsy.comparator_report import validate_comparator_report
@@ -287,6 +288,7 @@ def prepared(tmp_path, job, monkeypatch):
     llama_bench(tmp_path)
     monkeypatch.setattr(compare_command, "gpu_state", lambda _device: IDLE)
     monkeypatch.setattr(compare_command, "check_header", lambda *_: None)  # the file is none
+    monkeypatch.setattr(compare_command, "first_token", lambda _: 151644)
     bench = bench_of(job)
     monkeypatch.setattr(compare_command, "bench_in_a_process", lambda *arguments: bench(*arguments[:4]))
     return ["--model", str(job.model), "--max-new-tokens", "512", "--out-dir", str(tmp_path / "out")]
@@ -295,11 +297,25 @@ def prepared(tmp_path, job, monkeypatch):
 def test_command_writes_reports_and_a_matrix(tmp_path, prepared):
     result = CliRunner().invoke(compare_command.command, [*prepared, "--llama-bench", str(tmp_path / "llama-bench")])
     assert result.exit_code == 0, result.output
-    assert "not settled: the file is not the real artifact" in result.output
+    assert "psigraph is 2.40 times as fast as llama.cpp llama-bench 11434" in result.output
+    for foreign in ("settled", "RTX", "Parity", "41ee947d"):  # rows and claims of another file
+        assert foreign not in result.output
     matrix = read_json(tmp_path / "out" / "matrix.json")
     assert validate_matrix(matrix, tmp_path / "out") == []
     assert matrix["decision"]["by_host"][0]["can_claim_parity"] is True
     assert matrix["decision"]["can_claim_parity"] is False
+
+
+def test_a_comparison_gives_a_ratio_for_each_engine_that_ran(job, tmp_path):
+    tools = [llama_bench(tmp_path), LlamaBench(str(tmp_path / "absent"))]
+    session = run_session(job, tools, bench_of(job, 100.0), IDLE)
+    shown = comparison(session.ours, session.theirs)
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["psigraph", "100.00", "3"] in lines
+    assert any(line[-2:] == ["0.40", "x"] and "250.00" in line for line in lines)
+    assert "not_run: " in shown
+    assert shown.endswith("psigraph is 0.40 times as fast as llama.cpp llama-bench 11434 abc")
+    assert comparison(session.ours, session.theirs[1:]).endswith("no other engine was measured, so there is no ratio")
 
 
 @pytest.mark.parametrize(
