@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .ir.errors import OutputError, UsageError
+from .runtime.whole_files import write_whole
 
 # json.dumps gives every number of a list a line of its own: 512 token ids would fill 512 lines.
 _NUMBER_LIST = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s*\]")
@@ -94,24 +95,11 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     Raises OutputError, as `check_writable` does; nothing half-written stays, after an interrupt neither.
     """
     target = _real_target(Path(path))
-    temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp gives 0600: a report is for others to read, as far as the umask allows.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-        temporary = ""
+        # A report is for others to read, as far as the umask allows.
+        write_whole(target, text.encode(), 0o666)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def write_json_atomically(path: str | os.PathLike[str], obj: object) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from . import gpu_start
+from . import ending, gpu_start
 from .bench.report import ENGINES
 from .bench.tuned import load_tuned
 from .build import Model, fuse, open_model
@@ -319,6 +319,7 @@ class _Opener:
         from .runtime import host
 
         began = time.perf_counter()
+        ending.before_leaving.add(host.stop_compilers)
         host.activate()
         driver = gpu_start.start_driver(options.device)
         self._lap("driver_ms", began)

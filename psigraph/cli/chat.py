@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..ending import own_interrupts
 from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError
 from ..options import SessionOptions
 from .begin_gpu import begin_gpu
@@ -103,7 +104,7 @@ def command(
             warn=lambda warning: click.echo(f"psigraph: warning: {warning}", err=True),
             on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
         )
-    with opened:
+    with opened, own_interrupts():
         sampler.words(opened.vocabulary)  # says which token of a bias there is not
         conversation = Conversation(opened, settings, system)
         # What cannot work with any question is said before the first one.

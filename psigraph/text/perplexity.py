@@ -17,6 +17,7 @@ import numpy as np
 
 from ..ir.errors import OutputError, PsigraphError, UsageError
 from ..json_file import check_writable, read_json
+from ..runtime.whole_files import whole_file
 from ..session import Session, check_ids
 
 SCHEMA = "psigraph.perplexity.v1"
@@ -197,12 +198,8 @@ def save_logits(path: str | os.PathLike[str], ids: Sequence[int], window: int, r
     """Write what `load_reference` reads, whole or not at all; OutputError where that fails."""
     check_writable(path)
     target = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(target, 0o666) as file:
             np.savez(file, ids=np.asarray(ids, np.int32), window=np.int32(window), logits=np.concatenate(rows))
-        os.replace(temporary, target)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
