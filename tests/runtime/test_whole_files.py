@@ -41,11 +41,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_process_that_ends_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), whole_file(tmp_path / "file"):
-        with scratch_folder(tmp_path, "folder") as folder:
-            (folder / "inside").write_text("x")
-            remove_unfinished()
-            assert list(tmp_path.iterdir()) == []
+    suppressed = contextlib.suppress(FileNotFoundError)
+    with suppressed, whole_file(tmp_path / "file"), scratch_folder(tmp_path, "folder") as folder:
+        (folder / "inside").write_text("x")
+        remove_unfinished()
+        assert list(tmp_path.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
 
 
