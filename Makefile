@@ -78,6 +78,13 @@ lint: .venv/installed-dev
 
 # The tools run as `python -m`, never through the scripts beside it, whose first line holds the path where the
 # environment was made: so a moved repository needs nothing but a new install. The stamp holds that path.
+# An environment whose Python is gone, too old, or another one than when it was made goes: nothing in it works.
+WORKS := import os, sys, sysconfig; sys.exit(sys.version_info < (3, 11) or not os.path.isdir(sysconfig.get_paths()["purelib"]))
+ifneq ($(wildcard .venv),)
+ifneq ($(shell $(VENV) -c '$(WORKS)' 2> /dev/null && echo works),works)
+$(shell rm -rf .venv)
+endif
+endif
 ifneq ($(shell test -x $(VENV) && cat .venv/installed 2> /dev/null),$(CURDIR))
 $(shell rm -f .venv/installed .venv/installed-dev)
 endif

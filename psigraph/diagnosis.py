@@ -30,8 +30,8 @@ PACKAGES = (
     "jinja2>=3.1",
     "networkx>=3.2",
     "numpy>=1.26",
-    "nvidia-cuda-nvrtc>=13,<14",
-    "pyyaml>=6",
+    "nvidia-cuda-nvrtc>=13.0.48,<14",
+    "pyyaml>=6.0.1",
     "rich>=13",
     "tokenizers>=0.20",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ _NUMBER_LIST = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s*\]")
 # Half a surrogate pair: what Python makes of a file name's bytes that are no UTF-8. No UTF-8 file can hold one.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MODEL_MAGIC = b"GGUF"
+LARGEST_JSON = 64 << 20
 
 
 def json_text(obj: object) -> str:
@@ -108,13 +110,52 @@ def write_json_atomically(path: str | os.PathLike[str], obj: object) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object from a file; UsageError names the file where it is none."""
+    """A JSON object from a file, whoever wrote it; UsageError names the file where it is none.
+
+    Numbers are finite and integers have at most 64 bits, texts are Unicode, and the file is a regular one of at most
+    LARGEST_JSON bytes: what is read can be computed with, printed and written again.
+    """
     try:
-        obj = json.loads(Path(path).read_text("utf-8"))
+        text = read_regular(path, LARGEST_JSON).decode()
+        obj = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_short)
+        if "\\ud" in text.lower():
+            json.dumps(obj, ensure_ascii=False).encode()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeError:
+        raise UsageError(f"{path}: is not JSON: it is not valid Unicode") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not JSON: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path}: is not JSON: {str(error).splitlines()[0][:200]}") from None
     if not isinstance(obj, dict):
         raise UsageError(f"{path}: holds no JSON object")
     return obj
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """A regular file's bytes. OSError where it is another kind (a pipe would be waited for), or larger than `most`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(0, "is a folder" if stat.S_ISDIR(mode) else "is no regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(0, f"is larger than {most >> 20} MiB")
+    return data
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is out of range")
+    return number
+
+
+def _short(text: str) -> int:
+    if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 64:
+        raise ValueError(f"{text[:40]} is out of range")
+    return int(text)

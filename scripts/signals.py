@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     draw = random.Random(given.seed)
+    for number in SIGNALS:  # a job in the background ignores SIGINT, and its children would too
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     names = list(COMMANDS)
     codes: collections.Counter[str] = collections.Counter()
     worst, failures = 0.0, 0
