@@ -135,9 +135,8 @@ def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
     """A regular file's bytes. OSError where it is another kind (a pipe would be waited for), or larger than `most`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(0, "is a folder" if stat.S_ISDIR(mode) else "is no regular file")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "is no regular file")
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(0, f"is larger than {most >> 20} MiB")
