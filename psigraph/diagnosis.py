@@ -24,7 +24,7 @@ PROBE_SECONDS = 30  # a driver that takes longer to say what it has does not wor
 
 # What `pip install psigraph` brings, for a source tree that was never installed and so has no metadata.
 PACKAGES = (
-    "click>=8.1",
+    "click>=8.1.4",
     "cuda-bindings>=13,<14",
     "gguf>=0.17",
     "jinja2>=3.1",
