@@ -26,6 +26,7 @@ from ..medpsy.matrix import build_matrix, read_source
 from ..medpsy.matrix_view import markdown, plain
 from ..medpsy.policy import OVERRIDE_OPTION, load_policy
 from ..options import SessionOptions
+from ..runtime.whole_files import scratch_folder
 from .options import FILE_PATH, MODEL_PATH, TOKEN_IDS, Seconds, admission_options
 
 if TYPE_CHECKING:
@@ -215,8 +216,8 @@ def bench_in_a_process(
     allow_blocked: bool = False,
 ) -> Mapping[str, Any]:
     """One warm run by `psigraph bench` in a process of its own: the GPU is free again for the next tool's turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "report.json"
+    with scratch_folder(Path(tempfile.gettempdir()), "psigraph-compare") as folder:
+        out = folder / "report.json"
         arguments = [
             *("bench", "--model-path", model, "--artifact-kind", "gguf", "--backend", backend),
             *("--prompt-token-ids", ",".join(map(str, prompt_ids)), "--max-new-tokens", str(max_new_tokens)),
