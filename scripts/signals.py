@@ -3,7 +3,8 @@
 Every one must end within MOST_SECONDS with a documented exit code and no traceback, leave no process and no temporary
 file, and what it was to write must be whole: as it was before, as it should be, or not there. Moments are drawn between
 the one when the process answers signals (before that it is Python that starts) and the command's usual end. A Ctrl-C
-while `chat` answers stops the answer; there a second one follows. With the same --seed the same moments are drawn.
+while `chat` answers stops the answer; there one more follows for every question. With the same --seed the same moments
+are drawn.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from psigraph.runtime.gguf.file import open_gguf
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "tiny" / "tiny-qwen3-q4_k_m.gguf"
 MOST_SECONDS = 2.0
+QUESTIONS = 2  # for chat
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MARK = "PSIGRAPH_SIGNALS_RUN"  # in the environment of every process of a run
 
@@ -141,7 +143,7 @@ def _usual_end(root: Path, name: str, warm: Path) -> float:
         place = Place(root / str(number), number, warm)
         process = place.start(COMMANDS[name])
         assert process.stdin is not None
-        process.stdin.write(b"Call me Ishmael.\n" * 2)
+        process.stdin.write(b"Call me Ishmael.\n" * QUESTIONS)
         process.stdin.close()
         began = _listens(process)
         code = process.wait(300)
@@ -167,16 +169,19 @@ def _run(place: Place, name: str, what: signal.Signals, moment: float) -> Ended:
     process = place.start(COMMANDS[name])
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
-        process.stdin.write(b"Call me Ishmael.\n" * 2)
+        process.stdin.write(b"Call me Ishmael.\n" * QUESTIONS)
         process.stdin.flush()
     began = _listens(process)
     time.sleep(max(0.0, began + moment - time.monotonic()))
     sent = time.monotonic()
     process.send_signal(what)
-    code = _wait(process, MOST_SECONDS / 2 if name == "chat" and what == signal.SIGINT else 60.0)
-    if code is None:  # it was an answer that ended
+    answers = QUESTIONS if name == "chat" and what == signal.SIGINT else 0  # each may be stopped instead
+    for _ in range(answers):
+        if (code := _wait(process, MOST_SECONDS / 2)) is not None:
+            break
         sent = time.monotonic()
         process.send_signal(what)
+    else:
         code = _wait(process, 60.0)
     seconds = time.monotonic() - sent
     complaints = []
