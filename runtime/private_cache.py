@@ -92,7 +92,7 @@ def prune(folder: Path, names: re.Pattern[str]) -> None:
     for stem in sorted(used, key=lambda name: used[name]):
         if time.time() - used[stem] <= KEPT_SECONDS and left <= KEPT_BYTES:
             return
-        for size, path in parts[stem]:
+        for size, path in parts.get(stem, ()):
             left -= size
             with contextlib.suppress(OSError):
                 if path.is_dir():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from psigraph import ending
 from psigraph.cli.exit_codes import EXIT_CODES
 
 MOST_SECONDS = 2.5
@@ -130,3 +131,17 @@ def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+
+
+def test_a_chat_may_go_on_after_ctrl_c() -> None:
+    """While it does, Ctrl-C is an exception that asks nothing of the process; before and after, it ends it."""
+    before = signal.signal(signal.SIGINT, ending._answer)
+    try:
+        with ending.own_interrupts():
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+                assert ending.asked() is None
+        assert signal.getsignal(signal.SIGINT) is ending._answer
+    finally:
+        signal.signal(signal.SIGINT, before)
