@@ -13,13 +13,15 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: help demo test slow mutants lint gate pytest compiler clean
+.PHONY: help demo test slow mutants signals lowest lint gate pytest compiler clean
 
 help:
 	@echo "make demo     compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
 	echo "make test     lint, types and every test that needs no GPU; WORKERS=N processes, at most 1.5 GB each"
 	echo "make slow     the tests that compile or fail for minutes; needs g++"
 	echo "make mutants  breaks a copy of the tree in ways that tests must notice; needs g++ and git, takes minutes"
+	echo "make signals  ends commands at 200 random moments and looks at what they leave; needs g++, takes minutes"
+	echo "make lowest   the tests with the lowest versions that pyproject.toml declares; needs g++ and a package index"
 	echo "make lint     ruff and mypy"
 	echo "make gate     reports, claims and policy against each other"
 	echo "make clean    remove everything that make wrote"
@@ -39,6 +41,19 @@ slow: compiler .venv/installed-dev
 # Tests that do not fail when the code is wrong prove nothing: scripts/mutants/mutants.toml.
 mutants: compiler .venv/installed-dev
 	@$(VENV) scripts/mutants
+
+# Commands end at any moment by a documented exit code, leave no process and no temporary file, within 2 s.
+signals: compiler .venv/installed-dev
+	@$(VENV) scripts/signals.py --runs $(or $(RUNS),200) --seed $(or $(SEED),1)
+
+# What pyproject.toml declares is what runs: an environment of its own with the lowest of all versions.
+lowest: compiler .venv/installed-dev
+	@echo "setting up .make/lowest"
+	$(PYTHON) -m venv --clear .make/lowest
+	$(VENV) scripts/lowest_versions.py > .make/lowest/requirements.txt
+	.make/lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+		--constraint .make/lowest/requirements.txt
+	.make/lowest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
 
 compiler:
 	@command -v g++ > /dev/null || {
@@ -63,6 +78,13 @@ lint: .venv/installed-dev
 
 # The tools run as `python -m`, never through the scripts beside it, whose first line holds the path where the
 # environment was made: so a moved repository needs nothing but a new install. The stamp holds that path.
+# An environment whose Python is gone, too old, or another one than when it was made goes: nothing in it works.
+WORKS := import os, sys, sysconfig; sys.exit(sys.version_info < (3, 11) or not os.path.isdir(sysconfig.get_paths()["purelib"]))
+ifneq ($(wildcard .venv),)
+ifneq ($(shell $(VENV) -c '$(WORKS)' 2> /dev/null && echo works),works)
+$(shell rm -rf .venv)
+endif
+endif
 ifneq ($(shell test -x $(VENV) && cat .venv/installed 2> /dev/null),$(CURDIR))
 $(shell rm -f .venv/installed .venv/installed-dev)
 endif

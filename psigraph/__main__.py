@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
+
+from psigraph import ending
 
 
 def main() -> None:
     """Runs the command line and leaves with its exit code."""
-    # An import that an exception cuts short may swallow it or print a page: until there is a command that can answer
-    # Ctrl-C, the process just ends. A job that was started with SIGINT ignored, in the background, goes on ignoring it.
-    answered = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if answered:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     _occupy_closed_streams()
+    ending.listen()
+    try:
+        code = _run()
+    finally:
+        ending.leave_if_asked()  # whatever a signal's exception became on its way here
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         from psigraph.cli import run
     except ModuleNotFoundError as error:
         print(f"psigraph: the Python package {error.name!r} is missing; install psigraph with pip", file=sys.stderr)
-        sys.exit(11)
-    try:
-        if answered:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = run(sys.argv[1:])
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+        return 11
+    return run(sys.argv[1:])
 
 
 def _occupy_closed_streams() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from .ir.errors import PsigraphError
 from .runtime.cuda.kernel_cache import default_cache_dir
+from .runtime.private_cache import make_private
 
 OLDEST_CAPABILITY = (8, 0)  # kernels use bulk copies of sm_90 where there are any, and cp.async of sm_80 elsewhere
 OLDEST_DRIVER = (13, 0)  # cubins of a CUDA 13 compiler load from the first driver of that major version on
@@ -24,14 +25,14 @@ PROBE_SECONDS = 30  # a driver that takes longer to say what it has does not wor
 
 # What `pip install psigraph` brings, for a source tree that was never installed and so has no metadata.
 PACKAGES = (
-    "click>=8.1",
+    "click>=8.1.4",
     "cuda-bindings>=13,<14",
     "gguf>=0.17",
     "jinja2>=3.1",
     "networkx>=3.2",
     "numpy>=1.26",
-    "nvidia-cuda-nvrtc>=13,<14",
-    "pyyaml>=6",
+    "nvidia-cuda-nvrtc>=13.0.48,<14",
+    "pyyaml>=6.0.1",
     "rich>=13",
     "tokenizers>=0.20",
 )
@@ -185,8 +186,11 @@ def _cache() -> Check:
     elsewhere = "set PSIGRAPH_CACHE_DIR to a folder of yours; without a cache every start compiles"
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         return Check("kernel cache", "warning", f"{folder}: cannot be written", elsewhere)
-    if folder.exists() and folder.stat().st_uid != os.getuid():
-        return Check("kernel cache", "warning", f"{folder}: belongs to another user", elsewhere)
+    if folder.exists():
+        try:
+            make_private(folder)
+        except OSError as error:
+            return Check("kernel cache", "warning", f"{folder}: {error.strerror}", elsewhere)
     free = shutil.disk_usage(nearest).free
     if free < SMALLEST_CACHE:
         return Check("kernel cache", "warning", f"{folder}: {free >> 20} MiB left on the disk", elsewhere)

@@ -6,6 +6,7 @@ A program of its own, because a broken driver can hang or end the process that a
 from __future__ import annotations
 
 import json
+import uuid
 from typing import Any
 
 
@@ -13,8 +14,8 @@ def probe() -> dict[str, Any]:
     """What the driver says.
 
     cuda_version  newest CUDA of the driver, as `13.0`; None if it does not answer.
-    devices       per GPU: index, name, capability `9.0`, multiprocessors, total_bytes, free_bytes (None if no context
-                  could be made), error (why not, or None).
+    devices       per GPU: index, name, bus_id `0000:18:00.0`, uuid as CUDA_VISIBLE_DEVICES takes it, capability `9.0`,
+                  multiprocessors, total_bytes, free_bytes (None if no context could be made), error (why not, or None).
     error         why there is nothing to tell, or None.
     """
     try:
@@ -45,9 +46,12 @@ def _device(driver: Any, index: int) -> dict[str, Any]:
         value = _check(driver, driver.cuDeviceGetAttribute(getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
         return int(value)
 
+    name = _text(_check(driver, driver.cuDeviceGetName(128, device)))
     found: dict[str, Any] = {
         "index": index,
-        "name": _check(driver, driver.cuDeviceGetName(128, device)).split(b"\0", 1)[0].decode(errors="replace"),
+        "name": name,
+        "bus_id": _text(_check(driver, driver.cuDeviceGetPCIBusId(16, device))),
+        "uuid": _uuid(name, bytes(_check(driver, driver.cuDeviceGetUuid(device)).bytes)),
         "capability": f"{read('COMPUTE_CAPABILITY_MAJOR')}.{read('COMPUTE_CAPABILITY_MINOR')}",
         "multiprocessors": read("MULTIPROCESSOR_COUNT"),
         "total_bytes": int(_check(driver, driver.cuDeviceTotalMem(device))),
@@ -65,11 +69,24 @@ def _device(driver: Any, index: int) -> dict[str, Any]:
     return found
 
 
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode(errors="replace")
+
+
+def _uuid(name: str, raw: bytes) -> str:
+    """A slice of a GPU (MIG) has its own."""
+    return f"{'MIG' if ' MIG ' in name else 'GPU'}-{uuid.UUID(bytes=raw)}"
+
+
 def _check(driver: Any, answer: tuple[Any, ...]) -> Any:
-    """The results of a driver call without its status; RuntimeError with the status' name if it failed."""
+    """The results of a driver call without its status; RuntimeError with the status' name and advice if it failed."""
+    from .runtime.cuda.driver import ADVICE
+
     status, *results = answer
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the driver answers {status.name}")
+        name = getattr(status, "name", str(status))
+        advice = ADVICE.get(name)
+        raise RuntimeError(f"the driver answers {name}" + (f": {advice}" if advice else ""))
     return results[0] if len(results) == 1 else tuple(results)
 
 

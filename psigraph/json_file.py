@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .ir.errors import OutputError, UsageError
+from .runtime.whole_files import write_whole
 
 # json.dumps gives every number of a list a line of its own: 512 token ids would fill 512 lines.
 _NUMBER_LIST = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s*\]")
@@ -19,6 +21,7 @@ _NUMBER_LIST = re.compile(r"\[\n\s+(-?\d[-+.\deE,\s]*?)\n\s*\]")
 # Half a surrogate pair: what Python makes of a file name's bytes that are no UTF-8. No UTF-8 file can hold one.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MODEL_MAGIC = b"GGUF"
+LARGEST_JSON = 64 << 20
 
 
 def json_text(obj: object) -> str:
@@ -94,24 +97,11 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     Raises OutputError, as `check_writable` does; nothing half-written stays, after an interrupt neither.
     """
     target = _real_target(Path(path))
-    temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.", suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp gives 0600: a report is for others to read, as far as the umask allows.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
-        temporary = ""
+        # A report is for others to read, as far as the umask allows.
+        write_whole(target, text.encode(), 0o666)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def write_json_atomically(path: str | os.PathLike[str], obj: object) -> None:
@@ -120,13 +110,51 @@ def write_json_atomically(path: str | os.PathLike[str], obj: object) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object from a file; UsageError names the file where it is none."""
+    """A JSON object from a file, whoever wrote it; UsageError names the file where it is none.
+
+    Numbers are finite and integers have at most 64 bits, texts are Unicode, and the file is a regular one of at most
+    LARGEST_JSON bytes: what is read can be computed with, printed and written again.
+    """
     try:
-        obj = json.loads(Path(path).read_text("utf-8"))
+        text = read_regular(path, LARGEST_JSON).decode()
+        obj = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_short)
+        if "\\ud" in text.lower():
+            json.dumps(obj, ensure_ascii=False).encode()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeError:
+        raise UsageError(f"{path}: is not JSON: it is not valid Unicode") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: is not JSON: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path}: is not JSON: {str(error).splitlines()[0][:200]}") from None
     if not isinstance(obj, dict):
         raise UsageError(f"{path}: holds no JSON object")
     return obj
+
+
+def read_regular(path: str | os.PathLike[str], most: int) -> bytes:
+    """A regular file's bytes. OSError where it is another kind (a pipe would be waited for), or larger than `most`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "is no regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(0, f"is larger than {most >> 20} MiB")
+    return data
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is out of range")
+    return number
+
+
+def _short(text: str) -> int:
+    if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 64:
+        raise ValueError(f"{text[:40]} is out of range")
+    return int(text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from . import gpu_start
+from . import ending, gpu_start
 from .bench.report import ENGINES
 from .bench.tuned import load_tuned
 from .build import Model, fuse, open_model
@@ -32,6 +33,7 @@ from .ir.types import CACHE_DTYPES
 from .options import DEFAULTS, Progress, SessionOptions
 from .passes.use_sampler import SAMPLER
 from .prefill import EXPLICIT, check_prefill, prefill_maker
+from .runtime.cuda.driver import OTHER_BACKENDS
 from .runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from .runtime.engine import FEWEST
 from .text.sampler import SamplerSettings
@@ -320,6 +322,7 @@ class _Opener:
         from .runtime import host
 
         began = time.perf_counter()
+        ending.before_leaving.add(host.stop_compilers)
         host.activate()
         driver = gpu_start.start_driver(options.device)
         self._lap("driver_ms", began)
@@ -400,6 +403,8 @@ class _Opener:
             fused, model, ends, cache_dtype=options.cache_dtype, progress=options.on_load, constants=self.constants
         )
         self._engine_timings(engine.timings)
+        if reason:
+            tell_of_numpy(engine, reason)
         kv_type = options.cache_dtype if options.cache_dtype != "f16" else model.binding.kv_type
         facts = {
             "kv_type": kv_type,
@@ -415,6 +420,21 @@ class _Opener:
     def _engine_timings(self, timings: Any) -> None:
         for name in ("load", "modules", "capture"):
             self.timings[f"{name}_ms"] = 1e3 * getattr(timings, f"{name}_s")
+
+
+_told: set[str] = set()
+
+
+def tell_of_numpy(engine: DecodeEngine, reason: str) -> None:
+    """Warn, once a process, that no GPU works here, why not, and what that costs: two steps are timed."""
+    if reason in _told:
+        return
+    _told.add(reason)
+    seconds = float(engine.step_times(min(2, engine.context)).min()) / 1e6
+    engine.reset()
+    cost = f"about {1 / seconds:,.0f} tok/s" if seconds < 0.1 else f"about {1 / seconds:.1g} tok/s"
+    why = reason.replace(f", or {OTHER_BACKENDS}", "")
+    warnings.warn(f"no GPU works here ({why}): running in numpy, {cost}", stacklevel=2)
 
 
 def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:

@@ -18,11 +18,14 @@ class GpuState:
     processes: tuple[str, ...] = ()
 
 
-def gpu_state(device: int = 0, nvidia_smi: str = "nvidia-smi", own: frozenset[int] | None = None) -> GpuState:
-    """State of GPU `device`; `own` are process ids that do not count as others (default: this process)."""
+def gpu_state(card: str = "0", nvidia_smi: str = "nvidia-smi", own: frozenset[int] | None = None) -> GpuState:
+    """State of a GPU; `own` are process ids that do not count as others (default: this process).
+
+    card: its PCI address, `0000:18:00.0`: nvidia-smi numbers GPUs in another order than the driver.
+    """
     own = frozenset({os.getpid()}) if own is None else own
-    name = _query(nvidia_smi, device, "--query-gpu=name,driver_version")
-    apps = _query(nvidia_smi, device, "--query-compute-apps=pid,process_name,used_gpu_memory")
+    name = _query(nvidia_smi, card, "--query-gpu=name,driver_version")
+    apps = _query(nvidia_smi, card, "--query-compute-apps=pid,process_name,used_gpu_memory")
     if not name or apps is None:
         return GpuState()
     gpu, _, driver = name[0].rpartition(", ")
@@ -34,13 +37,13 @@ def gpu_state(device: int = 0, nvidia_smi: str = "nvidia-smi", own: frozenset[in
     return GpuState(gpu, driver, not others, tuple(others))
 
 
-def _query(nvidia_smi: str, device: int, what: str) -> list[str] | None:
+def _query(nvidia_smi: str, card: str, what: str) -> list[str] | None:
     path = shutil.which(nvidia_smi)
     if path is None:
         return None
     try:
         answer = subprocess.run(
-            [path, f"--id={device}", what, "--format=csv,noheader,nounits"],
+            [path, f"--id={card}", what, "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=20,

@@ -228,9 +228,6 @@ def summary(report: dict[str, Any]) -> str:
         f"{artifact['file']}  {report['model_size']} {artifact['tier']}{synthetic}",
         f"{report['execution_engine']} on {where} ({environment['arithmetic']})",
     ]
-    reason = environment.get("no_gpu_because")
-    if reason:
-        lines.append(f"no GPU: {reason}")
     row = f"{report['decode_row']}: {report['work_per_token']}"
     if report["sampler"] is not None:
         kept = {key: value for key, value in report["sampler"].items() if value or key == "seed"}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..ending import own_interrupts
 from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError, UsageError
 from ..options import SessionOptions
 from .begin_gpu import begin_gpu
@@ -148,7 +149,8 @@ def command(
         conversation.model.ask_guard(conversation.messages())
         conversation.model.template.render(conversation.messages("Hello"), settings.thinking)
         chat = Chat(conversation, lambda ctx: opened(replace(options, ctx=ctx), conversation.settings))
-        Talk(chat, read, History(kept), script is not None, wrap).run()
+        with own_interrupts():
+            Talk(chat, read, History(kept), script is not None, wrap).run()
     finally:
         conversation.model.close()
 

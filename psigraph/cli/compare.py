@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..bench.gpu_state import gpu_state
+from ..bench.gpu_state import GpuState, gpu_state
+from ..diagnosis import ask_driver
 from ..ir.errors import DeviceError, ModelFileError, PolicyRefusal, PsigraphError, UsageError
 from ..json_file import check_new_folder, read_json, write_json_atomically
 from ..medpsy.comparators import Comparator, Job, LlamaBench, LlamaCppPython, LlamaServer, Ollama
@@ -22,6 +26,7 @@ from ..medpsy.matrix import build_matrix, read_source
 from ..medpsy.matrix_view import markdown, plain
 from ..medpsy.policy import OVERRIDE_OPTION, load_policy
 from ..options import SessionOptions
+from ..runtime.whole_files import scratch_folder
 from .comparison_table import comparison
 from .first_token import IM_START, first_token
 from .model_argument import model_argument
@@ -56,7 +61,7 @@ Examples:
     "--python", default=sys.executable, metavar="PATH", help="Python that has llama-cpp-python. Default: this one."
 )
 @click.option("--backend", type=click.Choice(["cuda", "cpu"]), help="Default: cuda where there is a GPU, else cpu.")
-@click.option("--device", default=0, show_default=True, type=click.IntRange(0), help="Which GPU, for psigraph.")
+@click.option("--device", default=0, show_default=True, type=click.IntRange(0), help="Which GPU; all get this one.")
 @click.option(
     "--prompt-token-ids",
     "ids",
@@ -138,10 +143,13 @@ def command(
     check_header(model, ids, max_new_tokens, allow_blocked)
     if backend == "cpu" and device:
         raise UsageError(f"--device {device}: the backend cpu uses no GPU; leave it out")
-    state = gpu_state(device)
-    chosen = backend or ("cuda" if state.gpu else "cpu")
-    if chosen == "cuda" and not state.gpu:
-        raise DeviceError(f"--backend cuda: nvidia-smi knows no GPU {device} on this machine; use --backend cpu")
+    card = None if backend == "cpu" else find_card(device, must_be=backend == "cuda")
+    state = gpu_state(card["bus_id"]) if card is not None else GpuState()
+    chosen = "cpu" if card is None else "cuda"
+    if card is not None and not state.gpu:
+        raise DeviceError(
+            f"nvidia-smi does not know the GPU at {card['bus_id']}, so nobody can tell whether it is idle"
+        )
     sha256 = _sha256(model)
     if expect_sha256 is not None and expect_sha256.lower() != sha256:
         raise PolicyRefusal(f"--expect-sha256 {expect_sha256}: the file's digest is {sha256}")
@@ -154,9 +162,10 @@ def command(
     job = Job(model, sha256, ids, prompt_text or "<|im_start|>", max_new_tokens, chosen, timeout_s)
 
     def bench(path: str, prompt: Sequence[int], tokens: int, engine: str) -> Mapping[str, Any]:
-        return bench_in_a_process(path, prompt, tokens, engine, device, allow_blocked)
+        return bench_in_a_process(path, prompt, tokens, engine, allow_blocked)
 
-    session = run_session(job, tools, bench, state, repeats=repeats, say=note)
+    with only_card(card):
+        session = run_session(job, tools, bench, state, repeats=repeats, say=note)
     out_dir.mkdir(exist_ok=True)
     sources = []
     for name, report in (("psigraph", session.ours), *((str(one["runtime"]), one) for one in session.theirs)):
@@ -176,22 +185,54 @@ def command(
         raise PsigraphError(verdict)
 
 
+def find_card(device: int, must_be: bool) -> dict[str, Any] | None:
+    """The GPU that --device names, as `gpu_probe.probe` tells of it; None, with a warning, where the driver has none.
+
+    DeviceError where it has others, or must have one.
+    """
+    answer = ask_driver()
+    cards = answer["devices"]
+    if device < len(cards):
+        return dict(cards[device])
+    why = answer["error"] or "the driver shows no GPU"
+    if cards or must_be:
+        why = f"this machine has {len(cards)} GPU(s), numbered from 0" if cards else why
+        raise DeviceError(f"--device {device}: {why}; use --backend cpu")
+    warnings.warn(f"{why}; comparing in numpy on the CPU", stacklevel=2)
+    return None
+
+
+@contextmanager
+def only_card(card: Mapping[str, Any] | None) -> Iterator[None]:
+    """Lets processes that are started here see this GPU alone, as their number 0, whatever order they count in."""
+    if card is None:
+        yield
+        return
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = card["uuid"]
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
 def bench_in_a_process(
     model: str,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     backend: str,
-    device: int = 0,
     allow_blocked: bool = False,
 ) -> Mapping[str, Any]:
     """One warm run by `psigraph bench` in a process of its own: the GPU is free again for the next tool's turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "report.json"
+    with scratch_folder(Path(tempfile.gettempdir()), "psigraph-compare") as folder:
+        out = folder / "report.json"
         arguments = [
             *("bench", "--model-path", model, "--artifact-kind", "gguf", "--backend", backend),
             *("--prompt-token-ids", ",".join(map(str, prompt_ids)), "--max-new-tokens", str(max_new_tokens)),
             *("--repeats", "1", "--json-out", str(out)),
-            *(("--device", str(device)) if backend == "cuda" else ()),
             *((OVERRIDE_OPTION,) if allow_blocked else ()),
         ]
         done = subprocess.run(

@@ -51,7 +51,11 @@ Examples:
 @click.option(
     "--format", "form", type=click.Choice(["text", "dot", "json"]), default="text", show_default=True, help="How."
 )
-@click.option("--arch", metavar="ARCH", help="For which GPU kernels are written. Default: this machine's, or sm_90a.")
+@click.option(
+    "--arch",
+    metavar="ARCH",
+    help="For which GPU kernels are written, or one that DIR has. Default: this machine's or sm_90a, or DIR's first.",
+)
 @click.option(
     "--kv-type", type=click.Choice(["f16", "q8"]), help="What the KV cache holds; see generate. Default: f16."
 )
@@ -77,11 +81,8 @@ def command(
         raise UsageError(f"{given} has no --format dot, only graphs do: take --stage model, --stage fused or --after")
     if form == "json" and diff:
         raise UsageError("--format json: a diff is text; leave --format out")
-    if arch is not None and model.is_dir():
-        raise UsageError(f"--arch {arch}: {model} is compiled already; give the model file instead")
     if kv_type is not None and model.is_dir():
         raise UsageError(f"--kv-type {kv_type}: {model} is compiled already; give the model file instead")
-    from ..inspect.compilation import gpu_target
     from ..inspect.inspection import INPUT, inspect_path
 
     if stage == "prompt":
@@ -89,7 +90,7 @@ def command(
             raise UsageError("--stage prompt is a stage of --step prefill; leave --step out")
         stage, step = "fused", "prefill"
     step = step or "decode"
-    found = inspect_path(model, gpu_target(arch) if arch is not None else None, kv_type or "f16", step)
+    found = inspect_path(model, arch, kv_type or "f16", step)
     found.check_layer(layer)
     if kernel is not None:
         text = _kernel(found, kernel, layer, form)

@@ -39,7 +39,8 @@ Examples:
     "--out",
     type=FILE_PATH,
     metavar="FILE",
-    help="Matrix to write, JSON. Default: this project's own, fixtures/medpsy/benchmarks/*_local.json under --root.",
+    help="Matrix to write, JSON. With --into, --svg or --check by default this project's own, "
+    "fixtures/medpsy/benchmarks/*_local.json under --root; without any of them nothing is written.",
 )
 @click.option("--svg", "chart", type=FILE_PATH, metavar="FILE", help="Chart to write.")
 @click.option(
@@ -68,9 +69,10 @@ def command(
 
     Without REPORTS, every report under fixtures/medpsy/benchmarks is taken.
     """
+    shown_only = out is None and chart is None and not into and not check
     if out is None:
         out = root / MATRIX
-        if not out.parent.is_dir():
+        if not out.parent.is_dir() and not (shown_only and reports):
             raise UsageError(
                 f"--out: there is no folder {out.parent}; give --out, or --root with a checkout of psigraph"
             )
@@ -83,6 +85,10 @@ def command(
     paths = reports or tuple(_reports_under(root / REPORTS, out))
     matrix = build_matrix([read_source(path, root) for path in paths], host=host or platform.node())
     tables = markdown(matrix)
+    if shown_only:
+        click.echo(plain(tables), nl=False)
+        click.echo("nothing is written without --out, --into or --svg", err=True)
+        return
     _check_targets([out, *([chart] if chart is not None else []), *into], paths)
     documents = {path: replace_block(_text_of(path), tables, str(path)) for path in into}
     write_json_atomically(out, matrix)

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ..medpsy.policy import Admission
     from ..runtime.gguf.file import GgufFile
     from ..session import Session
-    from ..text.perplexity import Reference, Result
+    from ..text.perplexity import Result
+    from ..text.saved_logits import Reference
 
 EPILOG = """\b
 The text is read in windows (--window); every token but a window's first is scored. KL divergence is that of this
@@ -89,8 +90,9 @@ def command(
     from ..medpsy.artifact import admit_file
     from ..runtime.tokenizer.bpe import Tokenizer
     from ..session import open_session
-    from ..text.perplexity import WINDOW, load_reference, measure
-    from ..text.perplexity import save_logits as write_logits
+    from ..text.perplexity import WINDOW, measure
+    from ..text.saved_logits import load_reference
+    from ..text.saved_logits import save_logits as write_logits
 
     admitted: list[Admission] = []
     found: list[Reference] = []

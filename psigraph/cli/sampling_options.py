@@ -6,14 +6,19 @@ import math
 import secrets
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 Command = Callable[..., Any]
 
+if TYPE_CHECKING:
+    _Bias = click.ParamType[tuple[tuple[int, float], ...]]
+else:
+    _Bias = click.ParamType  # generic in click's newest versions only
 
-class LogitBias(click.ParamType[tuple[tuple[int, float], ...]]):
+
+class LogitBias(_Bias):
     """`42=-5,7=-inf` -> ((42, -5.0), (7, -inf))."""
 
     name = "bias"

@@ -15,6 +15,7 @@ from typing import TextIO
 import click
 from click.shell_completion import shell_complete
 
+from ..ending import asked
 from ..ir.errors import OutOfMemoryError, PsigraphError
 from .commands import main
 from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTEM
@@ -124,8 +125,10 @@ def _fail(message: str, code: int) -> int:
     """Prints the one line, after the traceback when one is asked for."""
     if os.environ.get("PSIGRAPH_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
-    with suppress(BrokenPipeError):  # if nobody reads stderr either, the exit code still tells
-        click.echo(f"psigraph: {printable(message)}", err=True)
+    # After a signal, what fails since it was cut short is nobody's news.
+    if asked() is None:
+        with suppress(BrokenPipeError):  # if nobody reads stderr either, the exit code still tells
+            click.echo(f"psigraph: {printable(message)}", err=True)
     return code
 
 

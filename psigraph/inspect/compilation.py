@@ -7,14 +7,13 @@ kernels/<kernel>.cu       texts, with the device headers (.cuh), for the first a
 cubins/<arch>/            machine code, for every architecture
 program.json              launches in order, buffers, passes, resources, for the first architecture
 kernels/<arch>/, program.<arch>.json   the same for every further architecture: grids and texts differ
+SHA256SUMS                what was written (`sha256sum -c`): nothing else is replaced or read back
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +33,9 @@ from ..passes.pipeline import PassReport
 from ..runtime.cuda.compiler import CompiledKernel, compile_program
 from ..runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from ..runtime.synth.model import synth_model
+from ..runtime.whole_files import remove_stale, replace_folder, scratch_folder
 from .export import to_dot, to_json
+from .sums import first_foreign, write_sums
 
 DEFAULT_ARCH = "sm_90a"
 PROGRAM_FILE = "program.json"
@@ -186,20 +187,20 @@ def program_record(stages: Staged, built: Built) -> dict[str, Any]:
 def write_compilation(compilation: Compilation, out: str | os.PathLike[str]) -> None:
     """Write the folder `out`, whole or not at all; one that an earlier compilation wrote is replaced.
 
-    Raises OutputError where it cannot be written, or where something else lies there.
+    Raises OutputError where it cannot be written, or where anything else lies there.
     """
     out = Path(out)
     check_folder(out)
-    temporary = None
     try:
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
-        _write_all(compilation, temporary)
-        _put_in_place(temporary, out)
+        remove_stale(out.parent, out.name)
+        with scratch_folder(out.parent, out.name) as scratch:
+            new = scratch / "new"
+            _write_all(compilation, new)
+            write_sums(new)
+            check_folder(out)  # a file may have been put there meanwhile
+            replace_folder(new, out)
     except OSError as error:
         raise OutputError(f"--out {out}: cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_folder(out: Path) -> None:
@@ -207,11 +208,13 @@ def check_folder(out: Path) -> None:
     try:
         if out.is_symlink() or (out.exists() and not out.is_dir()):
             raise OutputError(f"--out {out}: is no folder; choose another name")
-        if out.is_dir() and any(out.iterdir()) and not (out / PROGRAM_FILE).is_file():
-            raise OutputError(f"--out {out}: holds files that psigraph compile did not write; choose another folder")
+        if out.is_dir() and (foreign := first_foreign(out)):
+            raise OutputError(
+                f"--out {out}: holds {foreign}, which psigraph compile did not write; choose another folder"
+            )
         if not out.parent.is_dir():
             raise OutputError(f"--out {out}: cannot be written: {out.parent}: there is no such folder; make it first")
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"):
+        with scratch_folder(out.parent, out.name):
             pass
     except OSError as error:
         raise OutputError(f"--out {out}: cannot be written: {error.strerror or error}") from None
@@ -243,23 +246,3 @@ def _write_all(compilation: Compilation, folder: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _put_in_place(temporary: Path, out: Path) -> None:
-    """Rename, the old folder out of the way first and back if that fails."""
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)  # mkdtemp gives 0700
-    if not out.exists():
-        temporary.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".old"))
-    try:
-        out.rename(old / "old")
-        try:
-            temporary.rename(out)
-        except OSError:
-            (old / "old").rename(out)
-            raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

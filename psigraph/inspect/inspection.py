@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,6 @@ from ..ir.graph import Graph, layer_of
 from ..ir.program import DECODE, PREFILL, SCHEMA
 from ..ir.text import parse_graph, print_graph
 from ..ir.types import CACHE_DTYPES
-from ..json_file import read_json
 from ..medpsy.artifact import artifact_record, model_size, tensor_types
 from ..medpsy.policy import tier_of
 from ..passes.pipeline import PIPELINE
@@ -27,11 +27,13 @@ from .compilation import (
     Source,
     Staged,
     default_target,
+    gpu_target,
     program_of,
     program_record,
     stages_of,
 )
 from .picture import identical_layers, longest_chain
+from .sums import Compiled
 
 INPUT = "input"
 _GRAPH_FILE = re.compile(r"(\d{2,})-(\w+)\.txt")
@@ -114,15 +116,15 @@ class Inspected:
             raise UsageError(f"--layer {layer}: the model has layers 0 to {last}")
 
 
-def inspect_path(
-    path: Path, target: Target | None = None, kv_type: str = CACHE_DTYPES[0], step: str = DECODE
-) -> Inspected:
+def inspect_path(path: Path, arch: str | None = None, kv_type: str = CACHE_DTYPES[0], step: str = DECODE) -> Inspected:
     """A model file, or a folder that `psigraph compile` wrote.
 
-    target: for what a model file's kernels are written; None: this machine's GPU, or sm_90a. kv_type: the type of its
-    KV cache. step: whose graphs and passes are looked at; the program has both steps.
+    arch: for what kernels are written, or one that the folder has; None: this machine's GPU or sm_90a, or the folder's
+    first. kv_type: the type of a file's KV cache. step: whose graphs and passes are looked at; the program has both.
     """
-    return _folder(path, step) if path.is_dir() else _file(path, target, kv_type, step)
+    if path.is_dir():
+        return _folder(path, step, arch)
+    return _file(path, gpu_target(arch) if arch is not None else None, kv_type, step)
 
 
 def _file(path: Path, target: Target | None, kv_type: str, step: str) -> Inspected:
@@ -197,44 +199,33 @@ def _model_facts(model: Model) -> dict[str, str]:
     }
 
 
-def _folder(path: Path, step: str) -> Inspected:
-    if not (path / PROGRAM_FILE).is_file():
-        raise ModelFileError("is neither a model file nor a folder that psigraph compile wrote", str(path))
-    record = read_json(path / PROGRAM_FILE)
+def _folder(path: Path, step: str, arch: str | None) -> Inspected:
+    compiled = Compiled(path)
+    programs = {
+        match[1] or "": name for name in compiled.names if (match := re.fullmatch(r"program(?:\.(\w+))?\.json", name))
+    }
+    record = json.loads(compiled.text(PROGRAM_FILE))
     if record.get("schema") != SCHEMA:
-        raise UsageError(f"{path}: was compiled by another version of psigraph; compile the model again")
-    place = path if step == DECODE else path / step
-    try:
-        files = sorted(
-            (int(match[1]), match[2], found)
-            for found in (place / "ir").iterdir()
-            if (match := _GRAPH_FILE.fullmatch(found.name))
-        )
-    except OSError as error:
-        raise UsageError(f"{place}/ir: cannot be read: {error.strerror}; compile the model again") from None
-    missing = [key for key in ("kernels", "steps", "passes", "prefill_passes", "model", "arch") if key not in record]
-    if missing or not files:
-        what = f"{PROGRAM_FILE}: {missing[0]} is missing" if missing else "ir/: holds no graph"
-        raise UsageError(f"{path}/{what}; compile the model again")
-    by_name = {name: found for _, name, found in files}
-
-    def graph(stage: str) -> Graph:
-        return parse_graph(_read(by_name[stage]), by_name[stage].name)
-
+        raise ModelFileError("was compiled by another version of psigraph; compile the model again", str(path))
+    arches = [str(record["arch"]), *filter(None, programs)]
+    kernels = "kernels"
+    if arch is not None and arch not in arches:
+        raise UsageError(f"--arch {arch}: {path} is compiled for {', '.join(arches)}")
+    if arch is not None and arch != arches[0]:
+        record, kernels = json.loads(compiled.text(programs[arch])), f"kernels/{arch}"
+    place = "ir" if step == DECODE else f"{step}/ir"
+    by_name = {
+        match[2]: name
+        for name in sorted(compiled.names)
+        if name.startswith(f"{place}/") and (match := _GRAPH_FILE.fullmatch(name.removeprefix(f"{place}/")))
+    }
+    further = f"; --arch shows {', '.join(one for one in arches if one != record['arch'])}" if arches[1:] else ""
     return Inspected(
         name=path.name,
-        facts={"model": str(record["model"]), "compiled for": str(record["arch"])},
+        facts={"model": str(record["model"]), "compiled for": f"{record['arch']}{further}"},
         _names=tuple(by_name),
-        _graph=graph,
+        _graph=lambda stage: parse_graph(compiled.text(by_name[stage]), Path(by_name[stage]).name),
         _program=lambda: record,
-        _kernel=lambda name: _read(path / "kernels" / f"{name}.cu"),
+        _kernel=lambda name: compiled.text(f"{kernels}/{name}.cu"),
         passes=record["passes" if step == DECODE else "prefill_passes"],
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise UsageError(f"{path}: cannot be read: {reason}; compile the model again") from None

@@ -6,35 +6,21 @@ token of a window is given, not scored. Divergence is KL(reference || this model
 
 from __future__ import annotations
 
-import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..ir.errors import OutputError, PsigraphError, UsageError
-from ..json_file import check_writable, read_json
+from ..ir.errors import PsigraphError, UsageError
 from ..session import Session, check_ids
+from .saved_logits import Reference
 
 SCHEMA = "psigraph.perplexity.v1"
 WINDOW = 512
 _ROWS_AT_ONCE = 32  # of logits: 20 MB in a vocabulary of 151,936
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Saved logits: after ids[i], read in windows of `window`, logits[i]."""
-
-    name: str
-    key: str
-    ids: list[int]
-    window: int
-    logits: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -149,60 +135,3 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
     """float64 log softmax of every row."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
-
-
-def load_reference(path: str | os.PathLike[str], tier: str, key: str | None = None) -> Reference:
-    """Saved logits out of an .npz file, or the one that a report of `psigraph perplexity` names.
-
-    The file holds ids, int[n], and logits, float[n, vocabulary], under `key`: by itself `logits`, or `logits_` and the
-    tier of the model ("Q4_K_M"), or the only one there is. It may hold window, the size of the windows.
-    UsageError where it is not like that.
-    """
-    source = Path(path)
-    if source.suffix == ".json":
-        named = read_json(source).get("logits_file")
-        if not isinstance(named, str):
-            raise UsageError(f"{source}: this report names no logits_file; --save-logits makes one")
-        source = source.parent / named
-    try:
-        with np.load(source, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError
-            names = [name for name in stored.files if name.startswith("logits")]
-            chosen = key or next(
-                (name for name in ("logits", f"logits_{tier.lower()}") if name in names),
-                names[0] if len(names) == 1 else "",
-            )
-            if chosen not in stored.files or "ids" not in stored.files:
-                raise UsageError(
-                    f"{source}: needs ids and {chosen or 'logits'}; it holds {', '.join(stored.files) or 'nothing'}"
-                    + ("; choose with --key" if len(names) > 1 else "")
-                )
-            ids, logits = stored["ids"], stored[chosen]
-            window = int(stored["window"]) if "window" in stored.files else len(ids)
-    except OSError as error:
-        raise UsageError(f"{source}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, MemoryError):
-        raise UsageError(f"{source}: is no .npz file of plain arrays") from None
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not len(ids) or window < 1:
-        raise UsageError(f"{source}: ids must be a list of whole numbers, and a window at least 1")
-    if logits.ndim != 2 or logits.dtype.kind != "f" or len(logits) != len(ids):
-        raise UsageError(f"{source}: {chosen} must be float[{len(ids)}, vocabulary], one row for every id")
-    if np.isnan(logits).any() or not np.isfinite(logits.max(-1)).all():
-        raise UsageError(f"{source}: {chosen} holds values that are no logits")
-    return Reference(source.name, chosen, ids.tolist(), window, logits)
-
-
-def save_logits(path: str | os.PathLike[str], ids: Sequence[int], window: int, rows: Sequence[np.ndarray]) -> None:
-    """Write what `load_reference` reads, whole or not at all; OutputError where that fails."""
-    check_writable(path)
-    target = Path(os.path.realpath(path))  # a link stays, what it points to is replaced
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, ids=np.asarray(ids, np.int32), window=np.int32(window), logits=np.concatenate(rows))
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

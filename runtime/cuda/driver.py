@@ -19,7 +19,14 @@ OTHER_BACKENDS = "use --backend cpu or host"
 ADVICE = {
     "CUDA_ERROR_NO_DEVICE": f"no NVIDIA GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or {OTHER_BACKENDS}",
     "CUDA_ERROR_INVALID_DEVICE": "there is no such GPU; `psigraph doctor` lists them",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver and its library differ in version; reboot or reinstall the driver",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": (  # 803
+        "libcuda and the kernel's driver differ in version, mostly after an update: restart the machine, or let the "
+        "container have the libcuda of its host's driver"
+    ),
+    "CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE": (  # 804
+        "a newer libcuda of cuda-compat stands before the driver's own, which only data center GPUs allow: take its "
+        "folder (such as /usr/local/cuda/compat) out of LD_LIBRARY_PATH, and install driver 580 or newer"
+    ),
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the kernels were compiled for another GPU; clear the kernel cache",
 }
 PORTABLE_CLUSTER = 8  # blocks: what every GPU with clusters can run (CUDA C Programming Guide, thread block clusters)

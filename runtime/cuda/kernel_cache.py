@@ -2,8 +2,8 @@
 
 `cuda.core.utils.FileStreamProgramCache` was tried first: it writes atomically but keeps no
 hash of what it wrote, so a flipped bit on disk would reach the GPU, and it does not check
-who owns the folder. Here an entry is a JSON line (full key, payload hash, the assembler's
-resources) followed by the machine code; anything odd about it means: compile again.
+who owns the folder. Here an entry is a line with the hash of all that follows: a JSON line (full key, the assembler's
+resources) and the machine code; anything odd about it means: compile again.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-import tempfile
+import re
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
+from ..private_cache import make_private, prune, read_private, user_cache_dir
+from ..whole_files import write_whole
 from .nvrtc import KernelResources
 
-MAGIC = "psigraph kernel 1"
+MAGIC = "psigraph kernel 2"
+_NAMES = re.compile(r"[0-9a-f]{64}\.kernel|\.writing-\w+")  # the second of versions before this
 
 
 def default_cache_dir() -> Path:
-    """`$PSIGRAPH_CACHE_DIR`, or `psigraph` in the user's cache folder (XDG Base Directory)."""
+    """`$PSIGRAPH_CACHE_DIR`, or `psigraph` in the user's cache folder."""
     named = os.environ.get("PSIGRAPH_CACHE_DIR")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "psigraph"
+    return Path(named) if named else user_cache_dir()
 
 
 class KernelCache:
@@ -35,17 +35,19 @@ class KernelCache:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = self._usable(folder) if folder is not None else None
+        self._pruned = False
 
     def get(self, key: dict[str, str]) -> tuple[bytes, KernelResources] | None:
         """The entry of a key, or None if there is none that is whole."""
         if self._folder is None:
             return None
         try:
-            data = (self._folder / self._name(key)).read_bytes()
-            head, _, payload = data.partition(b"\n")
+            digest, _, rest = read_private(self._folder / self._name(key)).partition(b"\n")
+            if digest != hashlib.sha256(rest).hexdigest().encode():
+                return None
+            head, _, payload = rest.partition(b"\n")
             record = json.loads(head)
-            whole = record["magic"] == MAGIC and record["key"] == key
-            if whole and record["sha256"] == hashlib.sha256(payload).hexdigest():
+            if record["magic"] == MAGIC and record["key"] == key:
                 return payload, KernelResources(**record["resources"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
@@ -55,27 +57,17 @@ class KernelCache:
         """Write an entry; a full or read-only disk costs a warning and nothing else."""
         if self._folder is None:
             return
-        record = {
-            "magic": MAGIC,
-            "key": key,
-            "sha256": hashlib.sha256(payload).hexdigest(),
-            "resources": asdict(resources),
-        }
-        temporary = ""
+        record = {"magic": MAGIC, "key": key, "resources": asdict(resources)}
+        rest = json.dumps(record).encode() + b"\n" + payload
         try:
-            handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".writing-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(json.dumps(record).encode() + b"\n" + payload)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._folder / self._name(key))
-            temporary = ""
+            write_whole(self._folder / self._name(key), hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
         except OSError as error:
             warnings.warn(f"kernel cache {self._folder}: {error.strerror}; running without it", stacklevel=2)
             self._folder = None
-        finally:  # after Ctrl-C too
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
+        else:
+            if not self._pruned:
+                self._pruned = True
+                prune(self._folder, _NAMES)
 
     @staticmethod
     def _name(key: dict[str, str]) -> str:
@@ -85,12 +77,7 @@ class KernelCache:
     def _usable(folder: Path) -> Path | None:
         """The folder if it is ours alone (machine code is read from it), else None with a warning."""
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = os.stat(folder)
-            if found.st_uid != os.getuid():
-                raise OSError(0, "belongs to another user")
-            if stat.S_IMODE(found.st_mode) & 0o022:
-                os.chmod(folder, 0o700)
+            make_private(folder)
         except OSError as error:
             warnings.warn(f"kernel cache {folder}: {error.strerror}; running without it", stacklevel=3)
             return None

@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from ...ir.errors import ModelFileError
+from ..private_cache import make_private, prune, read_private
+from ..whole_files import write_whole
 
 _BLOCK = 4 << 20
+_NAMES = re.compile(r"[0-9a-f]{32}\.json")
 
 
 def file_digest(
@@ -24,7 +27,8 @@ def file_digest(
     """SHA-256 of the open file, 64 hexadecimal digits; progress(bytes done, bytes in all).
 
     With a cache directory the digest is kept there for as long as path, size, device, inode and both times of
-    change stay the same (ctime too: no ordinary call can set it back). A cache that cannot be used is left out.
+    change stay the same (ctime too: no ordinary call can set it back). A cache that cannot be used, or in which others
+    could have written, is left out.
     Raises ModelFileError if the file changes while it is hashed.
     """
     before = _identity(descriptor, path)
@@ -72,10 +76,12 @@ def _look_up(entry: Path | None, identity: dict[str, int | str]) -> str | None:
     if entry is None:
         return None
     try:
-        kept = json.loads(entry.read_text("utf-8"))
+        if entry.parent.exists():
+            make_private(entry.parent)
+        kept = json.loads(read_private(entry))
         digest = kept.pop("sha256")
         bytes.fromhex(digest)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return digest if kept == identity and len(digest) == 64 else None
 
@@ -84,12 +90,6 @@ def _remember(entry: Path | None, identity: dict[str, int | str], digest: str) -
     if entry is None:
         return
     with contextlib.suppress(OSError):  # a full or read-only disk costs the next caller time, nothing else
-        entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=entry.parent, prefix=".digest-")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-                json.dump({**identity, "sha256": digest}, out)
-            os.replace(temporary, entry)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        make_private(entry.parent)
+        write_whole(entry, json.dumps({**identity, "sha256": digest}).encode())
+        prune(entry.parent, _NAMES)

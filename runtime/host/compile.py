@@ -16,7 +16,6 @@ import platform
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 import threading
@@ -26,10 +25,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ...ir.errors import CompileError, DeviceError
+from ..private_cache import make_private, prune, read_private, user_cache_dir
+from ..whole_files import lasting_scratch_folder, scratch_folder, write_whole
 
 HERE = Path(__file__).resolve().parent
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
-KEPT_IMAGES = 2000  # of kernels in the cache, about 100 KB each; the longest unused go first
+_SEAL_BYTES = 32  # behind every image: the SHA-256 of its name and of what g++ made
+_NAMES = re.compile(r"[\w.]+-[0-9a-f]{32}(\.so|\.cu|\.o)?|\.\w+-\w{8}")  # the last of versions before this
 COMPILE_SECONDS = 300  # longer means that g++ itself hangs
 
 _COMMON = ("-std=c++17", "-fPIC", "-shared", "-pthread", "-w", "-fno-strict-aliasing", "-fvisibility=hidden")
@@ -69,31 +71,27 @@ BUILDS = {
 def cache_directory() -> Path:
     """Where images lie: PSIGRAPH_HOST_CACHE, else the user's cache; private to the user, made if missing.
 
-    Raises DeviceError if it cannot be made or belongs to someone else.
+    Raises DeviceError if it cannot be made, or others could have written it: what lies there is run.
     """
     named = os.environ.get("PSIGRAPH_HOST_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(named) if named else Path(home) / "psigraph" / "host"
+    path = Path(named) if named else user_cache_dir() / "host"
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.stat()
+        make_private(path)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise OSError(0, "cannot be written")
     except OSError as error:
         if named:
             raise DeviceError(
-                f"PSIGRAPH_HOST_CACHE: {path} cannot be used ({error.strerror}); name a writable folder"
+                f"PSIGRAPH_HOST_CACHE: {path} cannot be used ({error.strerror}); name a folder of yours"
             ) from error
-        return _fallback_directory()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or not os.access(path, os.W_OK):
-        if named:
-            raise DeviceError(f"PSIGRAPH_HOST_CACHE: {path} must belong to you and be writable by nobody else")
         return _fallback_directory()
     return path
 
 
 @functools.cache
 def _fallback_directory() -> Path:
-    """A folder for this process alone, where the home folder is not writable."""
-    return Path(tempfile.mkdtemp(prefix="psigraph-host-"))
+    """A folder for this process alone, where that of the user cannot be used."""
+    return lasting_scratch_folder(Path(tempfile.gettempdir()), "psigraph-host")
 
 
 @functools.cache
@@ -152,7 +150,12 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def run_compiler(arguments: list[str], what: str) -> None:
-    """Run g++; CompileError with its first error (path shortened) if it refuses."""
+    """Run g++; CompileError with its first error (path shortened) if it refuses.
+
+    Its last argument is the file to make, in whose folder it has its temporary files.
+    """
+    if _stopping.is_set():
+        raise CompileError(f"{what}: stopped")
     try:
         # A process group of its own, so that all of it can be stopped.
         with subprocess.Popen(
@@ -163,6 +166,7 @@ def run_compiler(arguments: list[str], what: str) -> None:
             text=True,
             errors="replace",
             process_group=0,
+            env={**os.environ, "TMPDIR": os.path.dirname(arguments[-1])},
         ) as done:
             _running.add(done)
             try:
@@ -186,31 +190,23 @@ def run_compiler(arguments: list[str], what: str) -> None:
         raise CompileError(f"{what}: g++ refuses the text: {re.sub(r'^.*/', '', line).strip()}")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or none."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _keep(made: Path, image: Path) -> None:
+    """Put what g++ made in its place, its hash behind it: the loader and the linker pass over it."""
+    data = made.read_bytes()
+    write_whole(image, data + _seal(image, data), 0o700)
+
+
+def _is_whole(image: Path) -> bool:
+    """Whether an image is there as it was kept, under its name, and by nobody else."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        data = read_private(image)
+    except OSError:
+        return False
+    return data[-_SEAL_BYTES:] == _seal(image, data[:-_SEAL_BYTES])
 
 
-def _prune(folder: Path) -> None:
-    """Remove the longest unused kernels beyond KEPT_IMAGES, image and text. Another process may do the same."""
-    images = []
-    for entry in os.scandir(folder):
-        if entry.name.endswith(".so"):
-            with contextlib.suppress(OSError):
-                images.append((entry.stat().st_mtime, entry.path))
-    for _, path in sorted(images)[: max(0, len(images) - KEPT_IMAGES)]:
-        for old in (Path(path), Path(path).with_suffix(".cu")):
-            with contextlib.suppress(OSError):
-                old.unlink()
+def _seal(image: Path, data: bytes) -> bytes:
+    return hashlib.sha256(f"{image.parent.name}/{image.name}\n".encode() + data).digest()
 
 
 def build_kernel(
@@ -234,29 +230,28 @@ def build_kernel(
     ).hexdigest()[:32]
     folder = cache_directory()
     image = folder / f"{name}-{key}.so"
-    with contextlib.suppress(FileNotFoundError):
-        os.utime(image)  # used: see _prune
+    if _is_whole(image):
         return image
     text = folder / f"{name}-{key}.cu"
     write_whole(text, source.encode())
     entry = f'#define PSIGRAPH_HOST 1\n#include "cuda_on_cpu.h"\n#include "{text.name}"\nPSIGRAPH_HOST_KERNEL({name})\n'
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as scratch:
-        unit = Path(scratch) / f"{name}.cpp"
+    with scratch_folder(folder, name) as scratch:
+        unit = scratch / f"{name}.cpp"
         unit.write_text(entry)
-        made = Path(scratch) / "kernel.so"
+        made = scratch / "kernel.so"
         macros = [f"-D{define}" for define in defines]
         options = [*_COMMON, *how.options, *macros, f"-iquote{HERE}", f"-iquote{folder}"]
         if headers:
             options.append(f"-iquote{_header_folder(headers)}")
         if how.watch:
-            kernel = Path(scratch) / "kernel.o"
+            kernel = scratch / "kernel.o"
             without_link = [option for option in options if option != "-shared"]
             run_compiler([*without_link, "-c", str(unit), "-o", str(kernel)], name)
             run_compiler(["-shared", "-pthread", str(kernel), str(_watcher(how)), "-o", str(made)], name)
         else:
             run_compiler([*options, str(unit), "-o", str(made)], name)
-        os.replace(made, image)
-    _prune(folder)
+        _keep(made, image)
+    prune(folder, _NAMES)
     return image
 
 
@@ -266,9 +261,16 @@ def _header_folder(headers: Mapping[str, str]) -> Path:
     folder = cache_directory() / f"headers-{key}"
     folder.mkdir(mode=0o700, exist_ok=True)
     for name, text in headers.items():
-        if not (folder / name).exists():
+        if not _holds(folder / name, text.encode()):
             write_whole(folder / name, text.encode())
     return folder
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return read_private(path) == data
+    except OSError:
+        return False
 
 
 def _watcher(how: Build) -> Path:
@@ -277,11 +279,11 @@ def _watcher(how: Build) -> Path:
     options.append("-O2")
     key = hashlib.sha256("\0".join([_fingerprint(), *options]).encode()).hexdigest()[:32]
     image = cache_directory() / f"watch-{key}.o"
-    if not image.exists():
-        with tempfile.TemporaryDirectory(dir=image.parent, prefix=".watch-") as scratch:
-            made = Path(scratch) / "watch.o"
+    if not _is_whole(image):
+        with scratch_folder(image.parent, "watch") as scratch:
+            made = scratch / "watch.o"
             run_compiler([*options, f"-iquote{HERE}", "-c", str(HERE / "watch.cpp"), "-o", str(made)], "watch.cpp")
-            os.replace(made, image)
+            _keep(made, image)
     return image
 
 
@@ -299,7 +301,7 @@ def compile_kernel(
     Raises CompileError or DeviceError.
     """
     build = "address" if sanitize else os.environ.get("PSIGRAPH_HOST_BUILD", "fast")
-    return build_kernel(source, name, build, defines, headers).read_bytes()
+    return build_kernel(source, name, build, defines, headers).read_bytes()[:-_SEAL_BYTES]
 
 
 def build_library(source: Path, image_name: str, options: tuple[str, ...] = ()) -> Path:
@@ -308,14 +310,14 @@ def build_library(source: Path, image_name: str, options: tuple[str, ...] = ()) 
     key = hashlib.sha256("\0".join([_fingerprint(), *texts, *options]).encode()).hexdigest()[:32]
     folder = cache_directory() / f"{source.stem}-{key}"
     image = folder / image_name
-    if image.exists():
+    if _is_whole(image):
         return image
     folder.mkdir(mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-        made = Path(scratch) / image_name
+    with scratch_folder(cache_directory(), source.stem) as scratch:
+        made = scratch / image_name
         run_compiler(
             ["-std=c++17", "-O2", "-g1", "-fPIC", "-pthread", "-Wall", *options, str(source), "-ldl", "-o", str(made)],
             source.name,
         )
-        os.replace(made, image)
+        _keep(made, image)
     return image

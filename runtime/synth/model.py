@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 import stat
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from ...ir.errors import OutputError, UsageError
 from ..gguf.ggml_types import tensor_bytes
 from ..gguf.write import header, padded, pair
+from ..whole_files import remove_stale, whole_file
 from .blocks import norm_weights, random_blocks
 from .vocab import QWEN3_SIZE, SMALLEST, Vocabulary, synthetic_vocabulary
 
@@ -271,38 +271,20 @@ def _write(descriptor: int, data: bytes | NDArray[np.uint8]) -> int:
 @contextlib.contextmanager
 def _whole_file(path: Path, total: int) -> Iterator[int]:
     """Descriptor of a temporary file that becomes `path` if the block ends well and is gone if it does not."""
-    temporary = ""
     try:
         path = Path(os.path.realpath(path))  # a symlink stays, and what it names is written
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             raise OutputError(f"{path}: is not a regular file; choose another name")
+        remove_stale(path.parent, path.name)  # gigabytes, where a run before this one was killed
         disk = os.statvfs(path.parent)
         free = disk.f_bavail * disk.f_frsize
         if free < total:
             raise OutputError(f"{path}: needs {total:,} bytes, the disk has {free:,} free; choose another disk or size")
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".partial")
-        try:
-            os.fchmod(descriptor, 0o666 & ~_umask())
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-        temporary = ""
+        with whole_file(path, 0o666) as file:
+            yield file.fileno()
         _sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    """The process's mask of file permissions; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

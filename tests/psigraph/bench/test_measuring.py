@@ -220,4 +220,4 @@ def test_tuned_shapes_survive_only_if_they_make_sense(tmp_path: Path, monkeypatc
         tuned_path(facts).write_text(odd)
         assert load_tuned(facts) == {}
     tuned_path(facts).write_text('{"schema": "psigraph.tuned.v1", "shapes": {"a": {"column_warps": -1, "evil": 1}}}')
-    assert load_tuned(facts) == {"a": {}}
+    assert load_tuned(facts) == {}

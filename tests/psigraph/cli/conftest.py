@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_model import TINY
 
-from psigraph import gpu_start, numpy_path
+from psigraph import gpu_start, numpy_path, session
 from psigraph.build import Model
 from psigraph.ir.errors import DeviceError
 
@@ -44,10 +44,13 @@ def dequantized_once(model: Model, name: str, dtype: type) -> np.ndarray:
 def no_gpu(monkeypatch: pytest.MonkeyPatch, kernel_cache: Path) -> None:
     """As on a machine without a driver, whatever the machine."""
 
+    reason = "no NVIDIA driver on this machine; install it, or use --backend cpu"
+
     def start(_: int) -> Any:
-        raise DeviceError("no NVIDIA driver on this machine; install it, or use --backend cpu")
+        raise DeviceError(reason)
 
     monkeypatch.setattr(gpu_start, "start_driver", start)
+    monkeypatch.setattr(session, "_told", {reason})  # once a process: tests/psigraph/test_no_gpu.py
     monkeypatch.setattr(numpy_path, "dequantized", dequantized_once)
     monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(kernel_cache))
     shutil.rmtree(kernel_cache / "told", ignore_errors=True)  # every test is a first run

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,10 +107,8 @@ def test_a_second_run_replaces_the_first_and_a_failed_one_leaves_it(
     out = tmp_path / "out"
     given = ["compile", str(Q4), "--arch", "sm_90a", "--out", str(out)]
     assert run(given) == 0
-    (out / "program.json").write_text("old")
     assert run([*given, "--disable-pass", "fuse_swiglu"]) == 0
     program = (out / "program.json").read_text()
-    assert "old" not in program
     for passes in ("passes", "prefill_passes"):
         assert [step["name"] for step in json.loads(program)[passes] if step["disabled"]] == ["fuse_swiglu"]
     for folder in (out, out / "prefill"):
@@ -371,16 +371,85 @@ def test_inspect_refuses(arguments: list[str], named: str, compiled: Path, capsy
         assert named in shown.err
 
 
-def test_inspect_refuses_folders_that_are_not_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cases: dict[str, str] = {"empty": "", "torn": "{", "other": "{}"}
-    for name, text in cases.items():
-        folder = tmp_path / name
-        (folder / "ir").mkdir(parents=True)
-        if text:
-            (folder / "program.json").write_text(text)
-        assert run(["inspect", str(folder)]) == (2 if text else 3)
-        assert str(folder) in capsys.readouterr().err
-    assert run(["inspect", str(tmp_path / "empty"), "--arch", "sm_80"]) == 2
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "nothing left", "no list", "no program", "torn program", "no graph", "another graph", "no kernel", "a folder",
+        "not text", "another version",
+    ],
+)  # fmt: skip
+def test_inspect_refuses_folders_that_are_not_whole(
+    harm: str, compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One code for all of it: that of a model file that is no whole one."""
+    folder = tmp_path / "out"
+    shutil.copytree(compiled, folder)
+    graph, program, kernel = folder / "ir" / "00-input.txt", folder / "program.json", folder / "kernels/embed_norm.cu"
+    sums = folder / "SHA256SUMS"
+
+    def old() -> None:
+        was, now = program.read_text(), '{"schema": "psigraph.program.v0"}'
+        program.write_text(now)
+        digests = [hashlib.sha256(text.encode()).hexdigest() for text in (was, now)]
+        sums.write_text(sums.read_text().replace(*digests))
+
+    {
+        "nothing left": lambda: (shutil.rmtree(folder), (folder / "ir").mkdir(parents=True)),
+        "no list": sums.unlink,
+        "no program": program.unlink,
+        "torn program": lambda: program.write_text("{"),
+        "no graph": graph.unlink,
+        "another graph": lambda: graph.write_text("func nonsense"),
+        "no kernel": kernel.unlink,
+        "a folder": lambda: (graph.unlink(), graph.mkdir()),
+        "not text": lambda: kernel.write_bytes(b"\xff\xfe"),
+        "another version": old,
+    }[harm]()
+    wanted = ["--kernel", "embed_norm"] if harm in ("no kernel", "not text") else ["--stage", "model"]
+    assert run(["inspect", str(folder), *wanted]) == 3
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"psigraph: {folder}")
+    assert shown.err.count("\n") == 1
+
+
+def test_inspect_shows_every_architecture_of_a_folder(compiled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for arch in ("", "sm_90a", "sm_80"):
+        assert run(["inspect", str(compiled), *(["--arch", arch] if arch else [])]) == 0
+        shown[arch] = capsys.readouterr().out
+    assert "sm_90a; --arch shows sm_80" in shown[""]
+    assert shown[""] == shown["sm_90a"]
+    assert "\nsm_80, " in shown["sm_80"]
+    assert run(["inspect", str(compiled), "--arch", "sm_80", "--kernel", "rope_attention"]) == 0
+    assert capsys.readouterr().out == (compiled / "kernels" / "sm_80" / "rope_attention.cu").read_text()
+    assert run(["inspect", str(compiled), "--arch", "sm_89"]) == 2
+    assert "is compiled for sm_90a, sm_80" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "kernels/mine.cu", "program.json", "empty", "link"])
+def test_what_compile_did_not_write_is_not_deleted(
+    mine: str, compiled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a note in its folder, not a kernel that was changed by hand, not a folder that holds a program.json."""
+    out = tmp_path / "out"
+    shutil.copytree(compiled, out)
+    path = out / mine
+    if mine == "program.json":
+        path.write_text('{"schema": "of something else"}')
+    elif mine == "empty":
+        path.mkdir()
+    elif mine == "link":
+        path.symlink_to(compiled)
+    else:
+        path.write_text("mine")
+    assert run(["compile", str(Q4), "--out", str(out)]) == 10
+    assert f"holds {mine}, which psigraph compile did not write" in capsys.readouterr().err
+    assert os.path.lexists(path)
+    if mine == "notes.txt":
+        path.unlink()
+        (out / "fused.txt").unlink()
+        assert run(["compile", str(Q4), "--arch", "sm_90a", "--out", str(out)]) == 0  # a half-deleted one is replaced
 
 
 def test_help_lists_every_mix(capsys: pytest.CaptureFixture[str]) -> None:

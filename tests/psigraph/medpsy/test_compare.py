@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import stat
 import sys
 import threading
@@ -27,6 +28,7 @@ from psigraph.medpsy.policy import load_policy
 
 TOKENS = 16
 IDLE = GpuState("NVIDIA H200", "580", True)
+CARDS = [{"bus_id": f"0000:{number}8:00.0", "uuid": f"GPU-{number}"} for number in range(2)]
 BENCH = """
 import json, sys
 row = {"n_prompt": 0, "n_gen": int(sys.argv[sys.argv.index("-n") + 1]), "n_depth": 0, "backends": "CUDA",
@@ -269,7 +271,7 @@ def test_what_settles_the_claim():
 
 SMI = """
 import sys
-assert sys.argv[1] == "--id=0"
+assert sys.argv[1] in ("--id=0", "--id=0000:18:00.0")
 print("NVIDIA H200, 580.1" if "name" in sys.argv[2].split("=")[1].split(",") else APPS)
 """
 
@@ -277,7 +279,7 @@ print("NVIDIA H200, 580.1" if "name" in sys.argv[2].split("=")[1].split(",") els
 def test_gpu_state_reads_nvidia_smi(tmp_path):
     busy = executable(tmp_path / "busy", SMI.replace("APPS", "'77, game, 900'"))
     assert gpu_state(nvidia_smi=busy) == GpuState("NVIDIA H200", "580.1", False, ("77 game 900",))
-    assert gpu_state(nvidia_smi=busy, own=frozenset({77})).idle
+    assert gpu_state("0000:18:00.0", nvidia_smi=busy, own=frozenset({77})).idle
     assert gpu_state(nvidia_smi=executable(tmp_path / "idle", SMI.replace("APPS", "''"))).idle
     assert gpu_state(nvidia_smi=str(tmp_path / "absent")) == GpuState()
     assert gpu_state(nvidia_smi=executable(tmp_path / "broken", "raise SystemExit(9)")) == GpuState()
@@ -286,7 +288,8 @@ def test_gpu_state_reads_nvidia_smi(tmp_path):
 @pytest.fixture
 def prepared(tmp_path, job, monkeypatch):
     llama_bench(tmp_path)
-    monkeypatch.setattr(compare_command, "gpu_state", lambda _device: IDLE)
+    monkeypatch.setattr(compare_command, "gpu_state", lambda _card: IDLE)
+    monkeypatch.setattr(compare_command, "ask_driver", lambda: {"devices": CARDS, "error": None})
     monkeypatch.setattr(compare_command, "check_header", lambda *_: None)  # the file is none
     monkeypatch.setattr(compare_command, "first_token", lambda _: 151644)
     bench = bench_of(job)
@@ -344,13 +347,13 @@ def test_command_refuses_before_it_measures(prepared, arguments, error, message)
         (["--prompt-token-ids", "0", "--max-new-tokens", "4096"], 2, "context has 2048"),
         (["--prompt-token-ids", "0", "--timeout", "nan"], 2, "--timeout"),
         (["--prompt-token-ids", "0", "--timeout", "0"], 2, "--timeout"),
-        (["--prompt-token-ids", "0", "--backend", "cuda"], 7, "nvidia-smi knows no GPU 0"),
+        (["--prompt-token-ids", "0", "--backend", "cuda"], 7, "--device 0: no NVIDIA driver"),
         (["--model", "absent.gguf"], 3, "no such file"),
         (["--model", "."], 3, "not a regular file"),
     ],
 )
 def test_command_refuses_before_it_hashes(tmp_path, monkeypatch, capsys, arguments, code, named):
-    monkeypatch.setattr(compare_command, "gpu_state", lambda _device: GpuState())
+    monkeypatch.setattr(compare_command, "ask_driver", lambda: {"devices": [], "error": "no NVIDIA driver"})
     monkeypatch.setattr(compare_command, "_sha256", lambda _: pytest.fail("the file was hashed"))
     given = ["compare", "--model", str(Q4), "--llama-bench", "x", "--out-dir", str(tmp_path / "out")]
     assert run([*given, *arguments]) == code
@@ -359,9 +362,32 @@ def test_command_refuses_before_it_hashes(tmp_path, monkeypatch, capsys, argumen
 
 
 def test_command_refuses_a_busy_gpu(prepared, monkeypatch):
-    monkeypatch.setattr(compare_command, "gpu_state", lambda _device: GpuState("G", "1", False, ("77 game 900",)))
+    monkeypatch.setattr(compare_command, "gpu_state", lambda _card: GpuState("G", "1", False, ("77 game 900",)))
     result = CliRunner().invoke(compare_command.command, [*prepared, "--llama-bench", "x"])
     assert "77 game 900" in str(result.exception)
+
+
+def test_the_card_is_found_by_its_address_and_passed_on(tmp_path, job, prepared, monkeypatch):
+    """nvidia-smi and the driver number cards in different orders; every tool gets the one that was asked about."""
+    asked, seen = [], []
+    monkeypatch.setattr(compare_command, "gpu_state", lambda card: asked.append(card) or IDLE)
+    ours = bench_of(job)
+
+    def bench(*arguments):
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return ours(*arguments[:4])
+
+    monkeypatch.setattr(compare_command, "bench_in_a_process", bench)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    tell = f"import os\nopen({str(tmp_path / 'theirs')!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ')\n"
+    tool = executable(tmp_path / "telling", tell + BENCH.replace("EXTRA", "{}"))
+    result = CliRunner().invoke(compare_command.command, [*prepared, "--llama-bench", tool, "--device", "1"])
+    assert result.exit_code == 0, result.output
+    assert asked == ["0000:18:00.0"]
+    assert set(seen) == {"GPU-1"} == set((tmp_path / "theirs").read_text().split())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,1"
+    result = CliRunner().invoke(compare_command.command, [*prepared, "--llama-bench", tool, "--device", "2"])
+    assert "has 2 GPU(s), numbered from 0" in str(result.exception)
 
 
 def test_ours_runs_as_a_process(job, monkeypatch):

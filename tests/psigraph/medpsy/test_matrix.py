@@ -9,7 +9,7 @@ from bench_reports import REAL_SHA256, SYNTH_SHA256, a_comparator, a_report
 from click.testing import CliRunner
 
 from psigraph.cli import run
-from psigraph.cli.matrix import command
+from psigraph.cli.matrix import MATRIX, command
 from psigraph.ir.errors import UsageError
 from psigraph.json_file import read_json, write_json_atomically
 from psigraph.medpsy.comparator_report import validate_comparator_report
@@ -282,7 +282,7 @@ def test_command_touches_nothing_unless_everything_can_be_written(tmp_path, monk
         (["--out", out, "--svg", str(tmp_path / "pipe")], 10, "is no regular file"),
         (["--out", out, "--svg", str(tmp_path / "absent" / "x.svg")], 10, "there is no such folder"),
         (["--out", out, "--into", str(tmp_path / "absent.md")], 2, "absent.md: cannot be read: No such file"),
-        (["--root", str(tmp_path)], 2, "give --out, or --root with a checkout"),
+        (["--root", str(tmp_path), "--into", str(doc)], 2, "give --out, or --root with a checkout"),
     ):
         assert run(["matrix", str(report), *arguments]) == code, arguments
         assert named in capsys.readouterr().err
@@ -297,3 +297,18 @@ def test_a_report_whose_name_no_matrix_can_hold(tmp_path):
     write_json_atomically(path, ours())
     with pytest.raises(UsageError, match="not UTF-8"):
         read_source(path, tmp_path)
+
+
+def test_a_bare_matrix_writes_nothing(tmp_path, capsys):
+    """The project's own matrix is committed: whoever looks at the tables must not find it changed."""
+    fixture = tmp_path / MATRIX
+    fixture.parent.mkdir(parents=True)
+    fixture.write_text("mine")
+    report = fixture.parent / "report.json"
+    report.write_text(json.dumps(a_report(100.0)))
+    for arguments in ([], [str(report)]):
+        assert run(["matrix", *arguments, "--root", str(tmp_path)]) == 0
+        shown = capsys.readouterr()
+        assert "psigraph" in shown.out
+        assert "nothing is written" in shown.err
+        assert fixture.read_text() == "mine"

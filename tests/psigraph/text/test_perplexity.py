@@ -15,7 +15,8 @@ from psigraph.cli import run
 from psigraph.ir.errors import OutputError, PsigraphError, UsageError
 from psigraph.options import SessionOptions
 from psigraph.session import open_session
-from psigraph.text.perplexity import Reference, load_reference, log_probabilities, measure, save_logits
+from psigraph.text.perplexity import log_probabilities, measure
+from psigraph.text.saved_logits import Reference, load_reference, save_logits
 
 SAVED = TINY / "reference_logits.npz"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import warnings
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from psigraph.runtime.cuda import kernel_cache
+from psigraph.runtime import private_cache, whole_files
 from psigraph.runtime.cuda.kernel_cache import KernelCache
 from psigraph.runtime.cuda.nvrtc import KernelResources
 
@@ -71,17 +72,15 @@ def test_every_cut_is_noticed(folder: Path, entry: Path) -> None:
     assert cache.get(KEY) is None
 
 
-def test_every_flipped_bit_is_noticed_or_harmless(folder: Path, entry: Path) -> None:
-    """A flip in the resources' numbers is all that may pass: they are figures for people."""
+def test_every_flipped_bit_is_noticed(folder: Path, entry: Path) -> None:
+    """In the resources' numbers too: `tune` decides by them what can be launched."""
     data, cache = entry.read_bytes(), KernelCache(folder)
-    head = data.index(b"\n")
+    head = data.index(b"\n", 65)
     for place in (*range(head + 2), head + 100, len(data) - 1):
-        for bit in range(8):
-            changed = bytearray(data)
-            changed[place] ^= 1 << bit
-            entry.write_bytes(changed)
-            found = cache.get(KEY)
-            assert found is None or found[0] == PAYLOAD, (place, bit)
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        entry.write_bytes(changed)
+        assert cache.get(KEY) is None, place
 
 
 @pytest.mark.parametrize(
@@ -96,9 +95,10 @@ def test_what_is_no_entry_is_none(data: bytes, folder: Path, entry: Path) -> Non
 
 
 def test_resources_that_fit_no_longer_are_none(folder: Path, entry: Path) -> None:
-    head, _, payload = entry.read_bytes().partition(b"\n")
+    _, head, payload = entry.read_bytes().split(b"\n", 2)
     record = {**json.loads(head), "resources": {"threads": 1}}
-    entry.write_bytes(json.dumps(record).encode() + b"\n" + payload)
+    rest = json.dumps(record).encode() + b"\n" + payload
+    entry.write_bytes(hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
     assert KernelCache(folder).get(KEY) is None
 
 
@@ -120,7 +120,7 @@ def fails(code: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["tempfile.mkstemp", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("call", ["os.open", "os.fsync", "os.replace"])
 def test_a_disk_that_takes_nothing_costs_a_warning(
     call: str, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +128,7 @@ def test_a_disk_that_takes_nothing_costs_a_warning(
     module, name = call.split(".")
     descriptors = len(os.listdir("/proc/self/fd"))
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(kernel_cache, module), name, fails(code))
+        patch.setattr(getattr(whole_files, module), name, fails(code))
         with pytest.warns(UserWarning, match=f"{os.strerror(code)}; running without it"):
             cache.put(KEY, PAYLOAD, RESOURCES)
     cache.put(KEY, PAYLOAD, RESOURCES)  # one warning is enough
@@ -153,7 +153,7 @@ def test_a_disk_that_fills_while_it_is_written(folder: Path, monkeypatch: pytest
 
         return Full()
 
-    monkeypatch.setattr(kernel_cache.os, "fdopen", opened)
+    monkeypatch.setattr(whole_files.os, "fdopen", opened)
     with pytest.warns(UserWarning, match="No space left on device"):
         cache.put(KEY, PAYLOAD, RESOURCES)
     assert list(folder.iterdir()) == []
@@ -164,7 +164,7 @@ def test_an_interrupt_leaves_no_temporary_file(folder: Path, monkeypatch: pytest
         raise KeyboardInterrupt
 
     cache = KernelCache(folder)
-    monkeypatch.setattr(kernel_cache.os, "fsync", interrupted)
+    monkeypatch.setattr(whole_files.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cache.put(KEY, PAYLOAD, RESOURCES)
     assert list(folder.iterdir()) == []
@@ -172,12 +172,12 @@ def test_an_interrupt_leaves_no_temporary_file(folder: Path, monkeypatch: pytest
 
 def test_an_unreadable_entry_is_compiled_again(folder: Path, entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = KernelCache(folder)
-    monkeypatch.setattr(Path, "read_bytes", fails(errno.EACCES))
+    monkeypatch.setattr(private_cache.os, "open", fails(errno.EACCES))
     assert cache.get(KEY) is None
 
 
 def test_a_folder_of_somebody_else_is_not_used(folder: Path, entry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_cache.os, "getuid", lambda: os.stat(folder).st_uid + 1)
+    monkeypatch.setattr(private_cache.os, "getuid", lambda: os.stat(folder).st_uid + 1)
     with pytest.warns(UserWarning, match="belongs to another user; running without it"):
         cache = KernelCache(folder)
     assert cache.get(KEY) is None
@@ -185,10 +185,58 @@ def test_a_folder_of_somebody_else_is_not_used(folder: Path, entry: Path, monkey
     assert list(folder.iterdir()) == [entry]
 
 
-def test_a_folder_that_others_may_write_is_closed(folder: Path, entry: Path) -> None:
-    folder.chmod(0o777)
-    KernelCache(folder)
-    assert folder.stat().st_mode & 0o777 == 0o700
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o720])
+def test_a_folder_that_others_may_write_is_refused(mode: int, folder: Path, entry: Path) -> None:
+    """Making it private would make what they put there look like ours."""
+    folder.chmod(mode)
+    with pytest.warns(UserWarning, match="others may write it; .* running without it"):
+        assert KernelCache(folder).get(KEY) is None
+    assert folder.stat().st_mode & 0o777 == mode
+
+
+def test_a_folder_whose_parent_is_everybodys_is_refused(folder: Path, entry: Path) -> None:
+    folder.parent.chmod(0o777)
+    with pytest.warns(UserWarning, match=f"everybody may write {folder.parent}"):
+        assert KernelCache(folder).get(KEY) is None
+    folder.parent.chmod(0o1777)  # as /tmp: nobody can rename what is not theirs
+    assert KernelCache(folder).get(KEY) == (PAYLOAD, RESOURCES)
+
+
+@pytest.mark.parametrize("kind", ["writable", "other owner", "link", "fifo", "folder"])
+def test_an_entry_that_others_could_have_written_is_not_taken(
+    kind: str, folder: Path, entry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none blocks: a FIFO that nobody writes to."""
+    cache = KernelCache(folder)
+    if kind == "writable":
+        entry.chmod(0o622)
+    elif kind == "other owner":
+        monkeypatch.setattr(private_cache.os, "getuid", lambda: os.stat(folder).st_uid + 1)
+    else:
+        entry.rename(folder.parent / "elsewhere")
+        {"link": lambda: entry.symlink_to(folder.parent / "elsewhere"), "fifo": lambda: os.mkfifo(entry)}.get(
+            kind, entry.mkdir
+        )()
+    assert cache.get(KEY) is None
+
+
+def test_unused_entries_go_by_age_and_then_by_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [{**KEY, "entry": str(number)} for number in range(4)]
+    for number, key in enumerate(keys):
+        KernelCache(folder).put(key, PAYLOAD, RESOURCES)
+        path = folder / KernelCache._name(key)
+        when = private_cache.time.time() - (100, 50, 40, 0)[number] * 86_400
+        os.utime(path, (when, when))
+    mine = folder / "notes.kernel"
+    mine.write_text("not psigraph's name")
+    KernelCache(folder).put(KEY, PAYLOAD, RESOURCES)
+    cache = KernelCache(folder)
+    assert cache.get(keys[0]) is None
+    assert cache.get(keys[1]) is not None  # which counts as a use
+    monkeypatch.setattr(private_cache, "KEPT_BYTES", 4 * (folder / KernelCache._name(keys[1])).stat().st_size - 1)
+    cache.put(KEY, PAYLOAD, RESOURCES)
+    assert [cache.get(key) is not None for key in keys] == [False, True, False, True]
+    assert mine.exists()
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
