@@ -92,7 +92,7 @@ class LanguageModel:
             self._tokenizer.close()
             raise
         self.guard = guard_for(self.admission)
-        for warning in self.admission.warnings:
+        for warning in self.admission.said:
             if warn is None:
                 warnings.warn(warning, UserWarning, stacklevel=3)
             else:

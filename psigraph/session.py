@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +25,7 @@ from .codegen.lower import lower
 from .codegen.target import Target, arch_of_capability, stand_in_target, target_for
 from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import DeviceError, UsageError
-from .ir.graph import Graph, TensorType
+from .ir.graph import Graph
 from .ir.program import Program
 from .ir.spec.model import check_cache_type
 from .ir.types import CACHE_DTYPES
@@ -256,7 +256,7 @@ def open_model_for(path: str | os.PathLike[str], options: SessionOptions = DEFAU
     UsageError if they cannot, naming what would work.
     """
     ctx, positions, filling = options.ctx, options.positions, options.filling
-    model = open_model(path, ctx, options.admit, options.kv_type)
+    model = open_model(path, ctx, options.admit, options.kv_type, options.rope)
     try:
         if callable(positions):
             positions = positions(model)
@@ -269,9 +269,8 @@ def open_model_for(path: str | os.PathLike[str], options: SessionOptions = DEFAU
             )
         if ctx is not None:
             raise UsageError(f"--ctx {ctx}: {filling.what} fill {positions} positions; give at least that many")
-        types = {name: TensorType(info.dtype, info.shape) for name, info in model.file.tensors.items()}
-        binding = model.spec.bind(model.file.metadata, types, positions, options.kv_type)
-        return Model(model.file, model.spec, binding)
+        binding = replace(model.binding, sizes={**model.binding.sizes, "context": positions})
+        return replace(model, binding=binding)
     except BaseException:
         model.file.close()
         raise

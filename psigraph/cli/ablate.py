@@ -86,7 +86,7 @@ def command(
     warned: list[str] = []
 
     def warn(admission: Admission) -> None:
-        for warning in admission.warnings:
+        for warning in admission.said:
             if warning not in warned:
                 click.echo(f"psigraph: warning: {warning}", err=True)
                 warned.append(warning)

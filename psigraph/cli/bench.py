@@ -211,7 +211,7 @@ def _keep(report: dict[str, Any], target: Path | None) -> None:
 
 
 def _warn(admission: Admission) -> None:
-    for warning in admission.warnings:
+    for warning in admission.said:
         click.echo(f"psigraph: warning: {warning}", err=True)
 
 

@@ -130,13 +130,13 @@ def command(
                     with_digest=False,
                     on_hash=on_hash,
                 )
-                for warning in admission.warnings:
-                    click.echo(f"psigraph: warning: {warning}", err=True)
                 admitted.append(admission)
 
             def check(opened: Model) -> None:
                 if ids is not None:
                     check_ids(ids, vocabulary_of(opened), "--prompt-token-ids")
+                for warning in admitted[0].said:  # only now: the file is one that runs
+                    click.echo(f"psigraph: warning: {warning}", err=True)
                 request.check(admitted[0])
 
             options = replace(

@@ -97,8 +97,6 @@ def command(
     def admit(file: GgufFile) -> None:
         """The policy first; then what is to be read, since its length decides how large the context must be."""
         admission = admit_file(file, allow_blocked=allow_blocked, expect_sha256=expect_sha256, on_hash=on_hash)
-        for warning in admission.warnings:
-            click.echo(f"psigraph: warning: {warning}", err=True)
         admitted.append(admission)
         if against is not None:
             found.append(load_reference(against, admission.tier, key))
@@ -109,6 +107,10 @@ def command(
             raise UsageError(
                 f"--against {against}: its ids are not those of the text; leave --text out to read what it has"
             )
+
+    def check(_: Model) -> None:
+        for warning in admitted[0].said:  # only now: the file is one that runs
+            click.echo(f"psigraph: warning: {warning}", err=True)
 
     def size() -> int:
         return window or (found[0].window if found else min(WINDOW, ctx or WINDOW))
@@ -127,6 +129,7 @@ def command(
             outputs=("logits",),
             positions=positions,
             admit=admit,
+            check=check,
             on_load=bars.bar("loading weights", in_bytes=True),
             on_compile=bars.bar("compiling kernels"),
         )

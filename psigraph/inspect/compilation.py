@@ -35,6 +35,7 @@ from ..runtime.cuda.compiler import CompiledKernel, compile_program
 from ..runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from ..runtime.synth.model import synth_model
 from .export import to_dot, to_json
+from .names import one_line
 
 DEFAULT_ARCH = "sm_90a"
 PROGRAM_FILE = "program.json"
@@ -97,7 +98,7 @@ class Compilation:
 def source_of_file(path: str | os.PathLike[str], ctx: int | None = None, kv_type: str = CACHE_DTYPES[0]) -> Source:
     """The header of a model file; raises what `build.open_model` raises."""
     with open_model(path, ctx, kv_type=kv_type) as model:
-        name = str(model.file.metadata.get("general.name") or Path(path).name)
+        name = one_line(str(model.file.metadata.get("general.name") or Path(path).name))
         return Source(name, model.spec, model.binding)
 
 
