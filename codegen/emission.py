@@ -116,6 +116,10 @@ class Context(Protocol):
     def count(self) -> str:
         """The buffer that says how many of a step's rows there are; those behind them are absent."""
 
+    @property
+    def beyond(self) -> str:
+        """The buffer that is no longer zero once a value was beyond what halves hold."""
+
     def slot(self, node: Node) -> Slot:
         """Which slot a product of the step takes."""
 

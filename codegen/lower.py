@@ -20,6 +20,7 @@ from .cache_types import CACHE_TYPES
 from .device import device_headers
 from .emission import Factor, KernelSpec, ReadNode, RowView
 from .emitters import EMITTERS
+from .half_range import half_range_buffer, half_range_kernel, halved_weights
 from .occupancy import step_slots
 from .probe import probe_kernel
 from .repack import repack_kernel
@@ -113,7 +114,15 @@ class _Lowering:
 
     @property
     def count(self) -> str:
-        full = f"{self.name}.count"
+        return self._number("count")
+
+    @property
+    def beyond(self) -> str:
+        return self._number("beyond")
+
+    def _number(self, name: str) -> str:
+        """An integer of the step that the host sets."""
+        full = f"{self.name}.{name}"
         return self.buffers.setdefault(full, Buffer(full, "input", "i32", (1,), "plain", 4, True)).name
 
     def slot(self, node: Node) -> Slot:
@@ -232,6 +241,11 @@ def lower(
     prefix = "" if name == DECODE else f"{name}_"
     kernels, launches = scheduled(pieces, prefix, target.programmatic and regime is Regime.STEP)
     repacks = sorted({str(dict(b.attrs)["repack"]) for b in lowering.buffers.values() if b.layout == "tiles"})
+    halved = halved_weights(graph) if regime is Regime.MANY else ()
+    if halved:
+        counts = half_range_buffer(name, len(halved))
+        lowering.buffers[counts.name] = counts
+    kernels += tuple(half_range_kernel(dtype) for dtype in sorted({lowering.buffers[one].dtype for one in halved}))
     kernels += (probe_kernel(), *(repack_kernel(repack.removeprefix("repack_")) for repack in repacks))
     results = tuple((state, lowering.read(value)) for state, value in graph.results)
     step = Step(name, graph, regime, lowering.rows, launches, results)
@@ -243,7 +257,7 @@ def lower(
         buffers=tuple(lowering.buffers.values()),
         sm_count=target.sm_count,
         programmatic=target.programmatic,
-        notes={"arch": target.arch, "context": lowering.ctx},
+        notes={"arch": target.arch, "context": lowering.ctx, **({"halved": halved} if halved else {})},
     )
 
 

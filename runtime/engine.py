@@ -19,6 +19,7 @@ from ..ir.program import DECODE, PREFILL, Launch, LibraryProduct, Program
 from .cuda.compiler import CompiledKernel
 from .cuda.driver import Driver, HostMemory
 from .decode import Spare, replayed
+from .half_range import check_half_range
 from .library import Library
 from .measuring import Timings, read_bandwidth, step_times
 from .program import LoadedProgram
@@ -29,6 +30,7 @@ from .upload import WeightSource, upload_weights
 CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
 FEWEST = 8
 """Tokens from which on a chunk of a prompt pays: it costs a few decode steps, however few its tokens are."""
+HALVES_END = 65_504
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Engine:
         self.position = 0
         self._no_prefill = "" if self.prefill else "switched off"
         self._prefill_maker = self.prefill
+        self._beyond: tuple[HostMemory, Any] | None = None  # the chunks' word, and when it has come
         self._stream = Stream(self.driver)
         self._spare: dict[int, Spare] = {}  # by tokens of a chunk
         self._loaded = LoadedProgram(self._stream, self.graph)
@@ -151,6 +154,7 @@ class Engine:
                     self._copy_numbers(f"{PREFILL}.count", 0, 1)
                     loaded.launch_all(step)
                     self.synchronize()
+                check_half_range(loaded, plan.program)
                 loaded.capture(PREFILL)
             except BaseException:
                 loaded.library = None
@@ -190,6 +194,7 @@ class Engine:
         if count < FEWEST or not self.prepare_prefill():
             return 0
         taken, rows = 0, self.program.step(PREFILL).rows
+        self.clear(f"{PREFILL}.beyond")
         while count - taken >= FEWEST:
             size = min(rows, count - taken)
             self._copy(f"{PREFILL}.tokens", self._ids.address + 4 * taken, 4 * size)
@@ -199,7 +204,33 @@ class Engine:
             self.position += size
             taken += size
         self._copy_numbers("positions", self.position, 1)
+        if self._beyond is None:
+            self._beyond = self._stream.pinned(4), self._stream.event()
+        memory, copied = self._beyond
+        source = self._loaded.memory.address(f"{PREFILL}.beyond")
+        self._stream.call("cuMemcpyDtoHAsync", memory.address, source, 4, self._stream.handle)
+        self._stream.call("cuEventRecord", copied, self._stream.handle)
         return taken
+
+    def _held_by_halves(self) -> bool:
+        """Whether the chunks that were queued last met only values that halves hold. Waits for them, and not for the
+        step behind them, so that the device never does."""
+        assert self._beyond is not None
+        memory, copied = self._beyond
+        self._stream.call("cuEventSynchronize", copied)
+        return not np.frombuffer(memory.view, np.int32)[0]
+
+    def _take_steps(self, ids: Sequence[int]) -> None:
+        """Instead of chunks that met what halves do not hold: the same ids, and all prompts from here on, by steps.
+
+        With must_prefill UnsupportedModelError, and the engine is where it was before.
+        """
+        what = f"a prompt has values beyond {HALVES_END:,}, where halves end"
+        self.rewind(self.position - len(ids))
+        if self.must_prefill:
+            raise UnsupportedModelError(f"{self.must_prefill}: {what}; auto or off takes prompts token by token")
+        self._no_prefill = what
+        self.feed(ids)
 
     # --- state ---
 
@@ -278,11 +309,14 @@ class Engine:
         self.synchronize()  # the page-locked ids of an earlier feed may still be in use
         view = np.frombuffer(self._ids.view, dtype=np.int32)
         view[: len(ids)] = ids
-        for index in range(0 if on_step else self._take_in(len(ids) - 1), len(ids)):
+        taken = 0 if on_step else self._take_in(len(ids) - 1)
+        for index in range(taken, len(ids)):
             self._copy("tokens", self._ids.address + 4 * index, 4)
             self.step()
             if on_step:
                 on_step(index)
+        if taken and not self._held_by_halves():
+            self._take_steps(ids)
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float32[vocabulary]; waits for it."""

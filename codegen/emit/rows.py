@@ -51,7 +51,8 @@ class RowKernel(Parameters):
             return f"ActivationRow<{COPIES}, {copy_bytes(width)}>{{{self.param(f'u8* {name}', self.ctx.write(out))}}}"
         if out.type.dtype == "f16":
             view = self.ctx.write_rows(out, up=up)
-            return f"HalfRows<{view.stride}, {up}>{{{self.param(f'u16* {name}', view.buffer)}}}"
+            to = self.param(f"u16* {name}", view.buffer)
+            return f"HalfRows<{view.stride}, {up}>{{{to}, {self.param(f'u32* beyond_{name}', self.ctx.beyond)}}}"
         return f"FloatRows<{width}>{{{self.param(f'float* {name}', self.ctx.write(out))}}}"
 
     def rows(self) -> str:
