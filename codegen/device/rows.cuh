@@ -45,15 +45,21 @@ template <int STRIDE> struct FloatRows {
         if (inside) to[(u64)row * STRIDE + at] = value;
     }
 };
-// Halves, stored times 2^-UP. *beyond becomes 1 where a value is none that they hold: what comes after is not to be used.
+// Halves, stored times 2^-UP.
 template <int STRIDE, int UP> struct HalfRows {
+    u16* to;
+    METHOD void store(int row, int at, float value, bool inside) const {
+        if (inside) to[(u64)row * STRIDE + at] = float_to_half(value * (1.0f / (1 << UP)));
+    }
+};
+// Halves of a norm: *beyond becomes 1 where one is infinite or none, here or in what was added up before the norm.
+template <int STRIDE> struct WatchedHalfRows {
     u16* to;
     u32* beyond;
     METHOD void store(int row, int at, float value, bool inside) const {
         if (!inside) return;
-        const u16 half = float_to_half(value * (1.0f / (1 << UP)));
-        to[(u64)row * STRIDE + at] = half;
-        if ((half & 0x7c00) == 0x7c00) atomicExch(beyond, 1u);
+        to[(u64)row * STRIDE + at] = float_to_half(value);
+        if ((float_to_bits(value) & 0x7fffffffu) >= float_to_bits(65520.0f)) atomicExch(beyond, 1u);
     }
 };
 // The activation block of one row: whole warps store it.
