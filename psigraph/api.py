@@ -235,7 +235,7 @@ class LanguageModel:
         if len(ids) > self.context:
             raise UsageError(
                 f"the conversation has {len(ids):,} tokens, the context holds {self.context:,}: begin anew "
-                "(/reset in a chat), or take a larger one (--ctx)"
+                f"(/reset in a chat){self.session.larger_context}"
             )
         return self._text(ids, limits, stop)
 

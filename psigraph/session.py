@@ -104,6 +104,12 @@ class Session:
         return self.engine.context
 
     @property
+    def larger_context(self) -> str:
+        """Advice behind an error, ", or ...", where the model allows more positions; else ""."""
+        limit = self.model.binding.context_limit
+        return f", or give a larger --ctx (up to {limit:,})" if limit > self.context else ""
+
+    @property
     def position(self) -> int:
         """Positions that are taken."""
         return self.engine.position
@@ -383,6 +389,7 @@ class _Opener:
             "launch_shapes": "tuned" if shapes else "built in",
             "kv_type": model.binding.kv_type,
             "arithmetic": f"int8 dot products of two digits, float32 sums, {model.binding.kv_type} cache",
+            **self._stretched(),
             "graph": options.graph,
             "device_bytes": engine.arena_bytes,
             "weight_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "weight"),
@@ -402,10 +409,15 @@ class _Opener:
         facts = {
             "kv_type": kv_type,
             "arithmetic": f"numpy {np.dtype(engine.dtype).name}, {kv_type} cache",
+            **self._stretched(),
             "graph": False,
             "no_gpu_because": reason,
         }
         return Session(model, "cpu", fused, engine, ends, facts=facts, timings=dict(self.timings))
+
+    def _stretched(self) -> dict[str, str]:
+        rope = self.options.rope
+        return {} if rope is None else {"rope_scaling": f"{rope.kind} {rope.scale:g}"}
 
     def _lap(self, name: str, began: float) -> None:
         self.timings[name] = 1e3 * (time.perf_counter() - began)

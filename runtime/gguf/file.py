@@ -410,7 +410,9 @@ def _refuse_split_name(path: Path) -> None:
 
 def _refuse_split_metadata(file: GgufFile) -> None:
     count = file.metadata.get("split.count", 1)
-    if isinstance(count, int) and count > 1:
+    if type(count) is not int:
+        raise ModelFileError("must be a whole number", "split.count", file.value_offsets["split.count"])
+    if count > 1:
         raise _split_error(file.path.stem, count, "split.count", file.value_offsets["split.count"])
 
 

@@ -22,6 +22,7 @@ from psigraph.runtime.gguf.write import pair
 from psigraph.runtime.synth import model as synth
 from psigraph.runtime.tokenizer.bpe import Tokenizer
 from psigraph.session import open_session
+from psigraph.text.generation import Decoder
 
 GGML = "tokenizer.ggml."
 
@@ -72,6 +73,21 @@ def test_rows_without_a_token_are_left_out(nano: Path, changed: Any, backend: st
             assert session.vocabulary == len(tokens_of(nano))
             found.append(session.forced_logits([1, 2, 3]))
     np.testing.assert_array_equal(*found)
+
+
+def test_rows_of_a_head_of_its_own_are_left_out(nano: Path, changed: Any) -> None:
+    ((_, head),) = with_rows(nano, 24).items()
+    with open_session(changed(tensors={"output.weight": head}), SessionOptions("cpu", outputs=("logits",))) as session:
+        assert session.forced_logits([1]).shape == (1, len(tokens_of(nano)))
+        assert session.model.padding == {"output.weight": 24}
+
+
+def test_advice_is_only_what_works(nano: Path) -> None:
+    for ctx, advised in ((16, True), (64, False)):
+        with open_session(nano, SessionOptions("cpu", ctx=ctx)) as session:
+            with pytest.raises(UsageError) as caught:
+                Decoder(session).run([1] * 65)
+            assert ("--ctx" in str(caught.value)) == advised
 
 
 def test_an_id_without_a_token_is_no_id_and_inspect_says_so(
@@ -181,6 +197,7 @@ WRONG: dict[str, tuple[dict[str, bytes | None], str]] = {
         {"qwen3.attention.head_count": pair("qwen3.attention.head_count", "[i32]", [2, 4])},
         "qwen3.attention.head_count: is a list",
     ),
+    "a text as the number of parts": ({"split.count": pair("split.count", "str", "3")}, "split.count: must be a whole"),
     "an architecture of numbers": (
         {"general.architecture": pair("general.architecture", "[i32]", [1])},
         "general.architecture: is no text",
