@@ -118,7 +118,11 @@ class Context(Protocol):
 
     @property
     def beyond(self) -> str:
-        """The buffer that is no longer zero once a value was beyond what halves hold."""
+        """Words of a chunk: the first is no longer zero once a value was beyond what halves hold; in each further one
+        is the largest of some activations that a node stored times a power of two (`sampled_slot`), a float's bits."""
+
+    def sampled_slot(self, node: Node) -> int:
+        """A node's word of `beyond`."""
 
     def slot(self, node: Node) -> Slot:
         """Which slot a product of the step takes."""

@@ -63,6 +63,7 @@ class _Lowering:
         self.last_use = last_uses(graph, is_view)
         kernels = [node for node in graph.nodes if not is_view(node)]
         self.slots = step_slots(kernels, target)
+        self.sampled = [node.outs[0].name for node in kernels if node.op.endswith("swiglu")]
         self.attentions = [node for node in kernels if node.op == "rope_attention"]
         for param in graph.params:
             self._place_param(param.kind, param.value)
@@ -114,16 +115,19 @@ class _Lowering:
 
     @property
     def count(self) -> str:
-        return self._number("count")
+        return self._numbers("count", 1)
 
     @property
     def beyond(self) -> str:
-        return self._number("beyond")
+        return self._numbers("beyond", 1 + len(self.sampled))
 
-    def _number(self, name: str) -> str:
-        """An integer of the step that the host sets."""
+    def sampled_slot(self, node: Node) -> int:
+        return 1 + self.sampled.index(node.outs[0].name)
+
+    def _numbers(self, name: str, size: int) -> str:
+        """Integers of the step that the host sets."""
         full = f"{self.name}.{name}"
-        return self.buffers.setdefault(full, Buffer(full, "input", "i32", (1,), "plain", 4, True)).name
+        return self.buffers.setdefault(full, Buffer(full, "input", "i32", (size,), "plain", 4 * size, True)).name
 
     def slot(self, node: Node) -> Slot:
         return self.slots.of[node.outs[0].name]

@@ -19,7 +19,7 @@ from ..ir.program import DECODE, PREFILL, Launch, LibraryProduct, Program
 from .cuda.compiler import CompiledKernel
 from .cuda.driver import Driver, HostMemory
 from .decode import Spare, replayed
-from .half_range import check_half_range
+from .half_range import check_half_range, not_held
 from .library import Library
 from .measuring import Timings, read_bandwidth, step_times
 from .program import LoadedProgram
@@ -30,7 +30,6 @@ from .upload import WeightSource, upload_weights
 CHUNK = 16  # tokens that the host fetches at once; two chunks are queued ahead
 FEWEST = 8
 """Tokens from which on a chunk of a prompt pays: it costs a few decode steps, however few its tokens are."""
-HALVES_END = 65_504
 
 
 @dataclass(frozen=True)
@@ -204,28 +203,28 @@ class Engine:
             self.position += size
             taken += size
         self._copy_numbers("positions", self.position, 1)
-        if self._beyond is None:
-            self._beyond = self._stream.pinned(4), self._stream.event()
+        told = self._loaded.memory.buffer(f"{PREFILL}.beyond")
+        if self._beyond is None or len(self._beyond[0].view) != told.nbytes:
+            self._beyond = self._stream.pinned(told.nbytes), self._stream.event()
         memory, copied = self._beyond
-        source = self._loaded.memory.address(f"{PREFILL}.beyond")
-        self._stream.call("cuMemcpyDtoHAsync", memory.address, source, 4, self._stream.handle)
+        source = self._loaded.memory.address(told.name)
+        self._stream.call("cuMemcpyDtoHAsync", memory.address, source, told.nbytes, self._stream.handle)
         self._stream.call("cuEventRecord", copied, self._stream.handle)
         return taken
 
-    def _held_by_halves(self) -> bool:
-        """Whether the chunks that were queued last met only values that halves hold. Waits for them, and not for the
-        step behind them, so that the device never does."""
+    def _not_held_by_halves(self) -> str:
+        """What the chunks that were queued last met that halves do not hold, "" for nothing. Waits for them, and not
+        for the step behind them, so that the device never does."""
         assert self._beyond is not None
         memory, copied = self._beyond
         self._stream.call("cuEventSynchronize", copied)
-        return not np.frombuffer(memory.view, np.int32)[0]
+        return not_held(np.frombuffer(memory.view, np.uint32))
 
-    def _take_steps(self, ids: Sequence[int]) -> None:
+    def _take_steps(self, ids: Sequence[int], what: str) -> None:
         """Instead of chunks that met what halves do not hold: the same ids, and all prompts from here on, by steps.
 
         With must_prefill UnsupportedModelError, and the engine is where it was before.
         """
-        what = f"a prompt has values beyond {HALVES_END:,}, where halves end"
         self.rewind(self.position - len(ids))
         if self.must_prefill:
             raise UnsupportedModelError(f"{self.must_prefill}: {what}; auto or off takes prompts token by token")
@@ -315,8 +314,8 @@ class Engine:
             self.step()
             if on_step:
                 on_step(index)
-        if taken and not self._held_by_halves():
-            self._take_steps(ids)
+        if taken and (what := self._not_held_by_halves()):
+            self._take_steps(ids, what)
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float32[vocabulary]; waits for it."""

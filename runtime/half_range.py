@@ -13,6 +13,19 @@ from .program import LoadedProgram
 MOST_SMALL = 1 / 8
 """Share of a weight's values that may be too small for all bits of a half: of a bell curve that many are where its
 deviation is 2^-11, of which the largest error, 2^-25, is 2^-14."""
+LEAST_ACTIVATION = 2.0**-10
+"""SwiGLU's activations are stored times 2^-4, and below 2^-14 halves lack bits. Where not one of thousands reaches
+this, they all lack some."""
+
+
+def not_held(told: np.ndarray) -> str:
+    """What a chunk met that halves do not hold, "" for nothing. told: the words of `prefill.beyond`, u32."""
+    if told[0]:
+        return "a prompt has values beyond 65,504, where halves end"
+    largest = told[1:].view(np.float32)
+    if ((largest > 0) & (largest < LEAST_ACTIVATION)).any():
+        return "a prompt has activations below 2^-10, for which halves lack bits"
+    return ""
 
 
 def check_half_range(loaded: LoadedProgram, program: Program) -> None:

@@ -45,7 +45,7 @@ class RowKernel(Parameters):
     def result(self, name: str, out: Value, up: int = 0, watched: bool = False) -> str:
         """Where a result goes, as C++ says it; UnsupportedModelError for activation blocks of several rows.
 
-        watched: halves that are infinite or none are told (`Context.beyond`).
+        up, and the largest of some is told; watched: halves that are infinite or none are told (`Context.beyond`).
         """
         width = out.type.size // self.ctx.rows
         if out.type.dtype == "i8x2":
@@ -57,6 +57,10 @@ class RowKernel(Parameters):
             to = self.param(f"u16* {name}", view.buffer)
             if watched:
                 return f"WatchedHalfRows<{view.stride}>{{{to}, {self.param('u32* beyond', self.ctx.beyond)}}}"
+            if up:
+                largest = self.param("u32* largest", self.ctx.beyond)
+                slot = self.param("int slot", self.ctx.sampled_slot(self.node))
+                return f"SampledHalfRows<{view.stride}, {up}>{{{to}, {largest}, {slot}}}"
             return f"HalfRows<{view.stride}, {up}>{{{to}}}"
         return f"FloatRows<{width}>{{{self.param(f'float* {name}', self.ctx.write(out))}}}"
 

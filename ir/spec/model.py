@@ -12,8 +12,8 @@ from ..op import TypeMismatch
 from ..ops import OPS
 from ..syntax import Name, Statement, underlined
 from ..types import CACHE, CACHE_DTYPES
-from .expression import Number, evaluate, names_in
-from .parts import Held, Size, Variant, Weight, check_expected, shown
+from .expression import Number, names_in
+from .parts import Held, Size, Variant, Weight, check_expected, evaluated, shown
 
 SECTIONS = ("before", "layer", "after")
 DEFAULT_CONTEXT = 4096
@@ -86,7 +86,7 @@ class ModelSpec:
                     problem = ModelFileError("the tensor is missing or has no rows", by_name[size.rows].tensor)
                 raise problem from None
         for text, meaning, origin in (*self.checks, *(check for variant in chosen for check in variant.checks)):
-            if not evaluate(text, sizes):
+            if not evaluated(text, sizes, origin):
                 read = ", ".join(f"{name} is {sizes[name]}" for name in sorted(names_in(text)))
                 raise UnsupportedModelError(f"the sizes do not fit ({read}): {meaning} ({origin})")
         sizes["max_sequences"] = max_sequences

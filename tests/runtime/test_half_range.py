@@ -73,6 +73,15 @@ def test_activations_beyond_halves_are_noticed_and_the_prompt_is_taken_in_by_ste
         assert [token for chunk in session.decode(4) for token in chunk] == after
 
 
+def test_activations_that_lose_their_bits_are_noticed(model: Path, tmp_path: Path) -> None:
+    """In weights that halves hold: F16 has them all."""
+    path = scaled(model, tmp_path / "little.gguf", "f16", ffn_gate=-8, ffn_up=-8, ffn_down=16)
+    steps, _ = prompt_logits(path, "off")
+    chunks, session = prompt_logits(path, "auto")
+    assert session.prefill == "token by token: a prompt has activations below 2^-10, for which halves lack bits"
+    np.testing.assert_array_equal(chunks, steps)
+
+
 def test_who_asked_for_chunks_is_told(model: Path, tmp_path: Path) -> None:
     path = scaled(model, tmp_path / "large.gguf", "f16", **LARGE)
     with open_session(path, SessionOptions("host", prefill="own", **OPTIONS)) as session:

@@ -29,6 +29,7 @@ HOSTILE: dict[str, tuple[str, str]] = {
     "a tag": (TEXT.replace("layers:   ", "layers: !!python/object/apply:os.system "), ""),
     "a power of powers": (TEXT.replace(SCALE, "value: ((((9 ** 8) ** 8) ** 8) ** 8) ** 8"), "more than 128 bits"),
     "a large exponent": (TEXT.replace(SCALE, "value: 2 ** 100000"), "exponent 100000 is above 8"),
+    "a division by zero": (TEXT.replace("head_dim % 2 == 0", "head_dim % 2 // 0"), "division"),
     "a root of less than zero": (TEXT.replace(SCALE, "value: (0 - 2) ** 0.5"), "no finite number"),
     "no number": (TEXT.replace(SCALE, "value: 1e308 * 10"), "no finite number"),
     "many digits": (TEXT.replace(SCALE, "value: " + "9" * 150), "more than 128 bits"),
