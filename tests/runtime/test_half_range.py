@@ -18,7 +18,7 @@ from psigraph.runtime.synth.vocab import SMALLEST
 from psigraph.session import Session, open_session
 
 TWO_LAYERS = Size(layers=2, hidden=256, feed_forward=256, heads=2, kv_heads=1, untied=False, context=64)
-IDS = [int(token) for token in np.random.default_rng(4).integers(0, 250, 20)]
+IDS = [int(token) for token in np.random.default_rng(4).integers(0, 250, 12)]
 OPTIONS: dict[str, Any] = {"ctx": 64, "outputs": ("logits",)}
 
 
