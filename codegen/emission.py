@@ -116,6 +116,14 @@ class Context(Protocol):
     def count(self) -> str:
         """The buffer that says how many of a step's rows there are; those behind them are absent."""
 
+    @property
+    def beyond(self) -> str:
+        """Words of a chunk: the first is no longer zero once a value was beyond what halves hold; in each further one
+        is the largest of some activations that a node stored times a power of two (`sampled_slot`), a float's bits."""
+
+    def sampled_slot(self, node: Node) -> int:
+        """A node's word of `beyond`."""
+
     def slot(self, node: Node) -> Slot:
         """Which slot a product of the step takes."""
 

@@ -20,6 +20,7 @@ from .cache_types import CACHE_TYPES
 from .device import device_headers
 from .emission import Factor, KernelSpec, ReadNode, RowView
 from .emitters import EMITTERS
+from .half_range import half_range_buffer, half_range_kernel, halved_weights
 from .occupancy import step_slots
 from .probe import probe_kernel
 from .repack import repack_kernel
@@ -62,6 +63,7 @@ class _Lowering:
         self.last_use = last_uses(graph, is_view)
         kernels = [node for node in graph.nodes if not is_view(node)]
         self.slots = step_slots(kernels, target)
+        self.sampled = [node.outs[0].name for node in kernels if node.op.endswith("swiglu")]
         self.attentions = [node for node in kernels if node.op == "rope_attention"]
         for param in graph.params:
             self._place_param(param.kind, param.value)
@@ -113,8 +115,19 @@ class _Lowering:
 
     @property
     def count(self) -> str:
-        full = f"{self.name}.count"
-        return self.buffers.setdefault(full, Buffer(full, "input", "i32", (1,), "plain", 4, True)).name
+        return self._numbers("count", 1)
+
+    @property
+    def beyond(self) -> str:
+        return self._numbers("beyond", 1 + len(self.sampled))
+
+    def sampled_slot(self, node: Node) -> int:
+        return 1 + self.sampled.index(node.outs[0].name)
+
+    def _numbers(self, name: str, size: int) -> str:
+        """Integers of the step that the host sets."""
+        full = f"{self.name}.{name}"
+        return self.buffers.setdefault(full, Buffer(full, "input", "i32", (size,), "plain", 4 * size, True)).name
 
     def slot(self, node: Node) -> Slot:
         return self.slots.of[node.outs[0].name]
@@ -232,6 +245,11 @@ def lower(
     prefix = "" if name == DECODE else f"{name}_"
     kernels, launches = scheduled(pieces, prefix, target.programmatic and regime is Regime.STEP)
     repacks = sorted({str(dict(b.attrs)["repack"]) for b in lowering.buffers.values() if b.layout == "tiles"})
+    halved = halved_weights(graph) if regime is Regime.MANY else ()
+    if halved:
+        counts = half_range_buffer(name, len(halved))
+        lowering.buffers[counts.name] = counts
+    kernels += tuple(half_range_kernel(dtype) for dtype in sorted({lowering.buffers[one].dtype for one in halved}))
     kernels += (probe_kernel(), *(repack_kernel(repack.removeprefix("repack_")) for repack in repacks))
     results = tuple((state, lowering.read(value)) for state, value in graph.results)
     step = Step(name, graph, regime, lowering.rows, launches, results)
@@ -243,7 +261,7 @@ def lower(
         buffers=tuple(lowering.buffers.values()),
         sm_count=target.sm_count,
         programmatic=target.programmatic,
-        notes={"arch": target.arch, "context": lowering.ctx},
+        notes={"arch": target.arch, "context": lowering.ctx, **({"halved": halved} if halved else {})},
     )
 
 

@@ -22,6 +22,8 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 
+MOST_DIGITS = 40
+
 
 @dataclass(frozen=True)
 class Name:
@@ -77,6 +79,8 @@ class Reader:
                 line, line_start = line + 1, found.end()
             elif kind == "comment":
                 self.comments[line] = found.group()[1:].strip()
+            elif kind == "number" and len(found.group()) > MOST_DIGITS:
+                raise self.error("a number of too many digits", Token(kind, found.group(), line, at - line_start))
             elif kind != "space":
                 tokens.append(Token(kind, found.group(), line, at - line_start))
             at = found.end()
@@ -131,7 +135,10 @@ class Reader:
             whole = re.fullmatch(r"[-+]?\d+", token.text)
             return int(token.text) if whole else float(token.text)
         if token.kind == "string":
-            return str(json.loads(token.text))
+            try:
+                return str(json.loads(token.text))
+            except ValueError:
+                raise self.error("cannot read this text", token) from None
         if token.kind == "size":
             return Name(token.text[1:])
         if token.kind == "word":

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any, overload
 
@@ -28,6 +29,7 @@ from .options import Progress, SessionOptions
 from .runtime.gguf.file import GgufFile
 from .runtime.tokenizer.bpe import Tokenizer
 from .session import Session, open_session
+from .text.file_sampling import published_sampling
 from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
 from .text.prompt import BackgroundTokenizer
 from .text.sampler import SamplerSettings
@@ -92,7 +94,7 @@ class LanguageModel:
             self._tokenizer.close()
             raise
         self.guard = guard_for(self.admission)
-        for warning in self.admission.warnings:
+        for warning in self.admission.said:
             if warn is None:
                 warnings.warn(warning, UserWarning, stacklevel=3)
             else:
@@ -146,6 +148,11 @@ class LanguageModel:
         if self._template is None:
             self._template = ChatTemplate.of_file(self.session.model.file)
         return self._template
+
+    @cached_property
+    def published_sampling(self) -> dict[str, Any]:
+        """Options of sampling that the file asks for (its keys `general.sampling.*`): the defaults of `chat`."""
+        return published_sampling(self.session.model.file.metadata)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens that it spells out become theirs."""
@@ -218,16 +225,17 @@ class LanguageModel:
         messages   dicts of role ("system", "user", "assistant", "tool") and content, oldest first.
         thinking   switch the model's thinking, where its template can; None leaves it to the template.
         cancelled  asked before every token; True ends the turn.
+        sampling   as for `generate`, beside what the file asks for (`published_sampling`).
         The rest, and what is raised, as for `generate`; also ModelFileError for a template that is broken.
         """
         check_messages(messages)
-        limits = self._limits(max_new_tokens, sampling, cancelled)
+        limits = self._limits(max_new_tokens, {**self.published_sampling, **sampling}, cancelled)
         self.ask_guard(messages)
         ids = self.encode(self.template.render(messages, thinking))
         if len(ids) > self.context:
             raise UsageError(
                 f"the conversation has {len(ids):,} tokens, the context holds {self.context:,}: begin anew "
-                "(/reset in a chat), or take a larger one (--ctx)"
+                f"(/reset in a chat){self.session.larger_context}"
             )
         return self._text(ids, limits, stop)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +21,11 @@ from .ir.spec.model import Binding, ModelSpec, check_cache_type
 from .ir.types import CACHE_DTYPES
 from .passes.pipeline import PassReport, run_pipeline
 from .passes.use_sampler import use_sampler
+from .rope_scaling import RopeScaling, stretch_positions
+from .runtime.gguf.cursor import quoted
 from .runtime.gguf.file import GgufFile, open_gguf
+from .runtime.gguf.ggml_types import tensor_bytes
+from .runtime.gguf.kinds import refuse_other_kinds
 
 Observe = Callable[[str, Graph], None]
 
@@ -48,16 +53,30 @@ class Model:
         """The open file, for `runtime.upload.WeightSource`."""
         return self.file.fileno()
 
+    @property
+    def padding(self) -> dict[str, int]:
+        """Tensors with more rows than there are tokens, and how many of them are left out."""
+        return {
+            name: self.file.tensors[name].shape[0] - type_.shape[0]
+            for name, type_ in self.binding.tensors.items()
+            if self.file.tensors[name].shape != type_.shape
+        }
+
     def place(self, name: str) -> tuple[int, int]:
         """(offset, bytes) of a tensor in the file, for `runtime.upload.WeightSource`."""
-        info = self.file.tensors[name]
-        return info.offset, info.nbytes
+        type_ = self.binding.tensors[name]
+        return self.file.tensors[name].offset, tensor_bytes(type_.dtype, type_.shape)  # without padding rows
 
     def __enter__(self) -> Model:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+
+def tensor_types_of(file: GgufFile) -> dict[str, TensorType]:
+    """Type and shape of every tensor, by name, for `ModelSpec.bind`."""
+    return {name: TensorType(info.dtype, info.shape) for name, info in file.tensors.items()}
 
 
 def spec_folder() -> Path:
@@ -69,17 +88,29 @@ def find_spec(metadata: Mapping[str, Any]) -> ModelSpec:
     """The spec of a file's architecture; UnsupportedModelError says why there is none."""
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
-        raise ModelFileError("missing, so nobody can tell what model this is", "general.architecture")
+        why = "is no text" if "general.architecture" in metadata else "missing"
+        raise ModelFileError(f"{why}, so nobody can tell what model this is", "general.architecture")
     specs = available_specs(spec_folder())
     if architecture in specs:
         return load_spec(specs[architecture])
+    shown = quoted(architecture, 40)  # a stranger's words must not read like ours
     for path in specs.values():
         reason = load_spec(path).refused.get(architecture)
         if reason:
-            raise UnsupportedModelError(f"general.architecture: {architecture} is not supported: {reason}")
+            raise UnsupportedModelError(f"general.architecture: {shown} is not supported: {reason}")
     raise UnsupportedModelError(
-        f"general.architecture: {architecture} is not supported; supported are {', '.join(sorted(specs))}"
+        f"general.architecture: {shown} is not supported; supported are {', '.join(sorted(specs))}"
     )
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors about a model name its file: one of several may be at fault."""
+    try:
+        yield
+    except (ModelFileError, UnsupportedModelError) as error:
+        error.args = (f"{quoted(os.fspath(path), limit=4096)}: {error}",)
+        raise
 
 
 def open_model(
@@ -87,20 +118,24 @@ def open_model(
     ctx: int | None = None,
     admit: Callable[[GgufFile], None] | None = None,
     kv_type: str = CACHE_DTYPES[0],
+    rope: RopeScaling | None = None,
 ) -> Model:
     """Open a model file and check every key and tensor against its spec; reads no weights.
 
-    ctx, kv_type: of the caches, see `ModelSpec.bind`.
+    ctx, kv_type: of the caches, see `ModelSpec.bind`. rope: in place of the file's own stretching of positions.
     admit: called with the open file before anything is asked of its spec, so that a policy's refusal comes first.
     """
     check_cache_type(kv_type)
     file = open_gguf(path)
     try:
+        with _naming(path):
+            refuse_other_kinds(file)
         if admit is not None:
             admit(file)
-        spec = find_spec(file.metadata)
-        types = {name: TensorType(info.dtype, info.shape) for name, info in file.tensors.items()}
-        return Model(file, spec, spec.bind(file.metadata, types, ctx, kv_type))
+        with _naming(path):
+            spec = find_spec(file.metadata)
+            stretch_positions(file.metadata, rope)
+            return Model(file, spec, spec.bind(file.metadata, tensor_types_of(file), ctx, kv_type))
     except BaseException:
         file.close()
         raise

@@ -83,7 +83,7 @@ class NumpyEngine:
 
     def _load(self, model: Model, progress: Progress | None) -> dict[str, np.ndarray]:
         names = [param.name for param in self.graph.params if param.kind == "weight"]
-        total = sum(model.file.tensors[name].nbytes for name in names)
+        total = sum(model.place(name)[1] for name in names)
 
         def one(name: str) -> tuple[str, np.ndarray]:
             return name, dequantized(model, name, self.dtype)
@@ -92,7 +92,7 @@ class NumpyEngine:
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             for name, array in pool.map(one, names):
                 weights[name] = array
-                self.timings.bytes_loaded += model.file.tensors[name].nbytes
+                self.timings.bytes_loaded += model.place(name)[1]
                 if progress:
                     progress(self.timings.bytes_loaded, total)
         return weights
@@ -210,9 +210,9 @@ def dequantized(model: Model, name: str, dtype: type[np.floating[Any]]) -> np.nd
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    info = model.file.tensors[name]
+    info = model.binding.tensors[name]
     kind = GGMLQuantizationType[info.dtype.upper()]
-    raw = model.file.read(name)
+    raw = model.file.read(name)[: model.place(name)[1]]
     rows = raw.reshape(info.shape[0] if len(info.shape) > 1 else 1, -1)
     columns = info.shape[-1]
     out = np.empty((len(rows), columns), dtype)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .build import Model
     from .gpu_start import GpuStart
+    from .rope_scaling import RopeScaling
     from .runtime.gguf.file import GgufFile
 
 Progress = Callable[[int, int], None]
@@ -31,6 +32,7 @@ class SessionOptions:
     device       number of the GPU; the stand-in driver has one.
     ctx          positions that the caches hold; None: 4096, or `positions` if that is more, as far as the model allows.
     kv_type      "f16", or "q8": about half the memory of the KV cache, its keys and values rounded to 8 bits.
+    rope         how positions are stretched, in place of what the file says; None: as the file says.
     cache_dtype  "f16", or "f32": a cache that is not rounded, in numpy only.
     outputs      ("logits",) to read logits back.
     sampling     draw tokens as `Session.set_sampler` says (at first: the likeliest); costs a kernel more a step.
@@ -68,6 +70,7 @@ class SessionOptions:
     start: GpuStart | None = None
     on_load: Progress | None = None
     on_compile: Progress | None = None
+    rope: RopeScaling | None = None
 
 
 DEFAULTS = SessionOptions()

@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +26,7 @@ from .codegen.lower import lower
 from .codegen.target import Target, arch_of_capability, stand_in_target, target_for
 from .gpu_start import GPU_BACKENDS, GpuStart
 from .ir.errors import DeviceError, UsageError
-from .ir.graph import Graph, TensorType
+from .ir.graph import Graph
 from .ir.program import Program
 from .ir.spec.model import check_cache_type
 from .ir.types import CACHE_DTYPES
@@ -105,6 +105,12 @@ class Session:
     def context(self) -> int:
         """Positions that the caches hold."""
         return self.engine.context
+
+    @property
+    def larger_context(self) -> str:
+        """Advice behind an error, ", or ...", where the model allows more positions; else ""."""
+        limit = self.model.binding.context_limit
+        return f", or give a larger --ctx (up to {limit:,})" if limit > self.context else ""
 
     @property
     def position(self) -> int:
@@ -259,7 +265,7 @@ def open_model_for(path: str | os.PathLike[str], options: SessionOptions = DEFAU
     UsageError if they cannot, naming what would work.
     """
     ctx, positions, filling = options.ctx, options.positions, options.filling
-    model = open_model(path, ctx, options.admit, options.kv_type)
+    model = open_model(path, ctx, options.admit, options.kv_type, options.rope)
     try:
         if callable(positions):
             positions = positions(model)
@@ -272,9 +278,8 @@ def open_model_for(path: str | os.PathLike[str], options: SessionOptions = DEFAU
             )
         if ctx is not None:
             raise UsageError(f"--ctx {ctx}: {filling.what} fill {positions} positions; give at least that many")
-        types = {name: TensorType(info.dtype, info.shape) for name, info in model.file.tensors.items()}
-        binding = model.spec.bind(model.file.metadata, types, positions, options.kv_type)
-        return Model(model.file, model.spec, binding)
+        binding = replace(model.binding, sizes={**model.binding.sizes, "context": positions})
+        return replace(model, binding=binding)
     except BaseException:
         model.file.close()
         raise
@@ -388,6 +393,7 @@ class _Opener:
             "launch_shapes": "tuned" if shapes else "built in",
             "kv_type": model.binding.kv_type,
             "arithmetic": f"int8 dot products of two digits, float32 sums, {model.binding.kv_type} cache",
+            **self._stretched(),
             "graph": options.graph,
             "device_bytes": engine.arena_bytes,
             "weight_bytes": sum(buffer.nbytes for buffer in program.buffers if buffer.kind == "weight"),
@@ -409,10 +415,15 @@ class _Opener:
         facts = {
             "kv_type": kv_type,
             "arithmetic": f"numpy {np.dtype(engine.dtype).name}, {kv_type} cache",
+            **self._stretched(),
             "graph": False,
             "no_gpu_because": reason,
         }
         return Session(model, "cpu", fused, engine, ends, facts=facts, timings=dict(self.timings))
+
+    def _stretched(self) -> dict[str, str]:
+        rope = self.options.rope
+        return {} if rope is None else {"rope_scaling": f"{rope.kind} {rope.scale:g}"}
 
     def _lap(self, name: str, began: float) -> None:
         self.timings[name] = 1e3 * (time.perf_counter() - began)

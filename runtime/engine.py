@@ -19,6 +19,7 @@ from ..ir.program import DECODE, PREFILL, Launch, LibraryProduct, Program
 from .cuda.compiler import CompiledKernel
 from .cuda.driver import Driver, HostMemory
 from .decode import Spare, replayed
+from .half_range import check_half_range, not_held
 from .library import Library
 from .measuring import Timings, read_bandwidth, step_times
 from .program import LoadedProgram
@@ -73,6 +74,7 @@ class Engine:
         self.position = 0
         self._no_prefill = "" if self.prefill else "switched off"
         self._prefill_maker = self.prefill
+        self._beyond: tuple[HostMemory, Any] | None = None  # the chunks' word, and when it has come
         self._stream = Stream(self.driver)
         self._spare: dict[int, Spare] = {}  # by tokens of a chunk
         self._loaded = LoadedProgram(self._stream, self.graph)
@@ -151,6 +153,7 @@ class Engine:
                     self._copy_numbers(f"{PREFILL}.count", 0, 1)
                     loaded.launch_all(step)
                     self.synchronize()
+                check_half_range(loaded, plan.program)
                 loaded.capture(PREFILL)
             except BaseException:
                 loaded.library = None
@@ -190,6 +193,7 @@ class Engine:
         if count < FEWEST or not self.prepare_prefill():
             return 0
         taken, rows = 0, self.program.step(PREFILL).rows
+        self.clear(f"{PREFILL}.beyond")
         while count - taken >= FEWEST:
             size = min(rows, count - taken)
             self._copy(f"{PREFILL}.tokens", self._ids.address + 4 * taken, 4 * size)
@@ -199,7 +203,33 @@ class Engine:
             self.position += size
             taken += size
         self._copy_numbers("positions", self.position, 1)
+        told = self._loaded.memory.buffer(f"{PREFILL}.beyond")
+        if self._beyond is None or len(self._beyond[0].view) != told.nbytes:
+            self._beyond = self._stream.pinned(told.nbytes), self._stream.event()
+        memory, copied = self._beyond
+        source = self._loaded.memory.address(told.name)
+        self._stream.call("cuMemcpyDtoHAsync", memory.address, source, told.nbytes, self._stream.handle)
+        self._stream.call("cuEventRecord", copied, self._stream.handle)
         return taken
+
+    def _not_held_by_halves(self) -> str:
+        """What the chunks that were queued last met that halves do not hold, "" for nothing. Waits for them, and not
+        for the step behind them, so that the device never does."""
+        assert self._beyond is not None
+        memory, copied = self._beyond
+        self._stream.call("cuEventSynchronize", copied)
+        return not_held(np.frombuffer(memory.view, np.uint32))
+
+    def _take_steps(self, ids: Sequence[int], what: str) -> None:
+        """Instead of chunks that met what halves do not hold: the same ids, and all prompts from here on, by steps.
+
+        With must_prefill UnsupportedModelError, and the engine is where it was before.
+        """
+        self.rewind(self.position - len(ids))
+        if self.must_prefill:
+            raise UnsupportedModelError(f"{self.must_prefill}: {what}; auto or off takes prompts token by token")
+        self._no_prefill = what
+        self.feed(ids)
 
     # --- state ---
 
@@ -278,11 +308,14 @@ class Engine:
         self.synchronize()  # the page-locked ids of an earlier feed may still be in use
         view = np.frombuffer(self._ids.view, dtype=np.int32)
         view[: len(ids)] = ids
-        for index in range(0 if on_step else self._take_in(len(ids) - 1), len(ids)):
+        taken = 0 if on_step else self._take_in(len(ids) - 1)
+        for index in range(taken, len(ids)):
             self._copy("tokens", self._ids.address + 4 * index, 4)
             self.step()
             if on_step:
                 on_step(index)
+        if taken and (what := self._not_held_by_halves()):
+            self._take_steps(ids, what)
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float32[vocabulary]; waits for it."""

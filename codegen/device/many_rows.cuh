@@ -449,10 +449,15 @@ DEVICE void product_swiglu(const u16* x, const int* rows, const FUNCTION& functi
     ProductSums sums;
     multiply_block<A, B, SHAPE::SUPERBLOCKS>(sums, gate.tiles + at * A::BYTES, up.tiles + at * B::BYTES, x, first_token, count, (u16*)shared_memory);
     constexpr float SCALE = 1 << SHAPE::UP;
+    float largest = 0.0f;
     store_sums(sums, first_token, count, [&](int row, int token, float a, float b) {
         const int to = mine * 16 + row;
-        out.store(token, to, function(a * SCALE, b * SCALE), to < GATE::COUNT);
+        const float value = function(a * SCALE, b * SCALE);
+        out.store(token, to, value, to < GATE::COUNT);
+        if constexpr (IS_SAMPLED<OUT>) largest = fmaxf(largest, fabsf(value));
     });
+    if constexpr (IS_SAMPLED<OUT>)
+        if (blockIdx.x / SHAPE::TOKEN_BLOCKS % 16 == 0) out.tell(largest);
 }
 
 // Weights as halves [rows][padded columns], one below the other, for a library that multiplies: a warp a superblock of a

@@ -52,6 +52,29 @@ template <int STRIDE, int UP> struct HalfRows {
         if (inside) to[(u64)row * STRIDE + at] = float_to_half(value * (1.0f / (1 << UP)));
     }
 };
+// The same, and of some of the rows the largest magnitude goes to largest[slot], as a float's bits: `tell`.
+template <int STRIDE, int UP> struct SampledHalfRows : HalfRows<STRIDE, UP> {
+    u32* largest;
+    int slot;
+    METHOD SampledHalfRows(u16* to, u32* largest_, int slot_) : HalfRows<STRIDE, UP>{to}, largest(largest_), slot(slot_) {}
+    // All lanes of a warp give theirs.
+    METHOD void tell(float magnitude) const {
+        magnitude = warp_max(magnitude);
+        if ((threadIdx.x & 31) == 0 && magnitude > 0.0f) atomicMax(largest + slot, float_to_bits(magnitude));
+    }
+};
+template <class OUT> constexpr bool IS_SAMPLED = false;
+template <int STRIDE, int UP> constexpr bool IS_SAMPLED<SampledHalfRows<STRIDE, UP>> = true;
+// Halves of a norm: *beyond becomes 1 where one is infinite or none, here or in what was added up before the norm.
+template <int STRIDE> struct WatchedHalfRows {
+    u16* to;
+    u32* beyond;
+    METHOD void store(int row, int at, float value, bool inside) const {
+        if (!inside) return;
+        to[(u64)row * STRIDE + at] = float_to_half(value);
+        if ((float_to_bits(value) & 0x7fffffffu) >= float_to_bits(65520.0f)) atomicExch(beyond, 1u);
+    }
+};
 // The activation block of one row: whole warps store it.
 template <int COPIES, int COPY_BYTES> struct ActivationRow {
     u8* to;
@@ -177,6 +200,8 @@ DEVICE void elementwise(const FUNCTION& function, const OUT& out, const ROWS& ro
     if (!rows.has(row)) return;
     const float value = at < SHAPE::COLUMNS ? function(operands.at(rows, row, at)...) : 0.0f;
     out.store(row, at, value, at < SHAPE::WHOLE_GROUPS);
+    if constexpr (IS_SAMPLED<OUT>)
+        if (row % 8 == 0 && blockIdx.x % SHAPE::BLOCKS == 0) out.tell(fabsf(value));
 }
 
 // One thread a pair of a head, over all rows.

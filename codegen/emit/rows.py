@@ -42,8 +42,11 @@ class RowKernel(Parameters):
         stride = 0 if len(value.type.shape) == 1 else view.stride
         return f"Operand<{stride}, {view.offset}>{{{self.param(f'const float* {name}', view.buffer)}}}"
 
-    def result(self, name: str, out: Value, up: int = 0) -> str:
-        """Where a result goes, as C++ says it; UnsupportedModelError for activation blocks of several rows."""
+    def result(self, name: str, out: Value, up: int = 0, watched: bool = False) -> str:
+        """Where a result goes, as C++ says it; UnsupportedModelError for activation blocks of several rows.
+
+        up, and the largest of some is told; watched: halves that are infinite or none are told (`Context.beyond`).
+        """
         width = out.type.size // self.ctx.rows
         if out.type.dtype == "i8x2":
             if self.ctx.rows > 1:
@@ -51,7 +54,14 @@ class RowKernel(Parameters):
             return f"ActivationRow<{COPIES}, {copy_bytes(width)}>{{{self.param(f'u8* {name}', self.ctx.write(out))}}}"
         if out.type.dtype == "f16":
             view = self.ctx.write_rows(out, up=up)
-            return f"HalfRows<{view.stride}, {up}>{{{self.param(f'u16* {name}', view.buffer)}}}"
+            to = self.param(f"u16* {name}", view.buffer)
+            if watched:
+                return f"WatchedHalfRows<{view.stride}>{{{to}, {self.param('u32* beyond', self.ctx.beyond)}}}"
+            if up:
+                largest = self.param("u32* largest", self.ctx.beyond)
+                slot = self.param("int slot", self.ctx.sampled_slot(self.node))
+                return f"SampledHalfRows<{view.stride}, {up}>{{{to}, {largest}, {slot}}}"
+            return f"HalfRows<{view.stride}, {up}>{{{to}}}"
         return f"FloatRows<{width}>{{{self.param(f'float* {name}', self.ctx.write(out))}}}"
 
     def rows(self) -> str:
@@ -120,7 +130,8 @@ def emit_rms_norm(node: Node, ctx: Context) -> KernelSpec:
     kernel = RowKernel(node, ctx)
     x = kernel.operand("x", node.ins[0])
     kernel.param("const float* weight", ctx.read(node.ins[1]))
-    y = kernel.result("y", out)
+    # Whatever goes wrong before a norm, in halves of SwiGLU say, is infinite or none here: no other kernel need look.
+    y = kernel.result("y", out, watched=True)
     eps = c_float(float(node.attr("eps")))  # type: ignore[arg-type]
     sizes = {"WIDTH": shape[-1], "HEADS": heads, "WHOLE_GROUPS": _whole_groups(out, shape[-1])}
     return kernel.done(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,9 @@ OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
     ast.GtE: operator.ge,
 }
 LARGEST_EXPONENT = 8
+MOST_CHARACTERS = 200
+MOST_BITS = 128
+"""Of a result: far more than any extent has, and nothing that takes long to multiply."""
 
 
 def names_in(text: str) -> set[str]:
@@ -44,16 +48,18 @@ def evaluate(text: str, sizes: Mapping[str, Number]) -> Number:
 
 
 def _tree(text: str) -> ast.expr:
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{text[:40]}... is no expression: it has {len(text)} characters, at most {MOST_CHARACTERS}")
     try:
         return ast.parse(text, mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError):  # a NUL, or more digits than Python reads
         raise ValueError(f"{text!r} is no expression") from None
 
 
 def _evaluate(node: ast.expr, sizes: Mapping[str, Number]) -> Number:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-            return value
+            return _bounded(value)
         case ast.Name(id=name):
             if name not in sizes:
                 raise ValueError(f"no size is called {name} (there are: {', '.join(sizes)})")
@@ -70,5 +76,14 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, Number]) -> Number:
 def _apply(op: ast.AST, left: Number, right: Number) -> Number:
     if isinstance(op, ast.Pow) and abs(right) > LARGEST_EXPONENT:
         raise ValueError(f"the exponent {right} is above {LARGEST_EXPONENT}")
-    result: Number = OPERATORS[type(op)](left, right)
-    return result
+    return _bounded(OPERATORS[type(op)](left, right))
+
+
+def _bounded(result: Any) -> Number:
+    """The number; ValueError for one that no size can be, or that takes long to reckon with."""
+    if isinstance(result, complex) or (isinstance(result, float) and not math.isfinite(result)):
+        raise ValueError("a result is no finite number")
+    if isinstance(result, int) and result.bit_length() > MOST_BITS:
+        raise ValueError(f"a result has more than {MOST_BITS} bits")
+    found: Number = result
+    return found

@@ -16,7 +16,7 @@ from ..verify import suggestion
 from .expression import names_in
 from .model import SECTIONS, Binding, ModelSpec
 from .parts import LAYER, Held, Shape, Size, Variant, Weight
-from .yaml_nodes import Item, read_document
+from .yaml_nodes import Item, read_document, read_spec_text
 
 REQUIRED = ("architecture", "sizes", "weights", "state", *SECTIONS)
 OPTIONAL = ("refused", "checks", "expected", "variants", "constants")
@@ -51,7 +51,7 @@ def load_spec(path: str | Path) -> ModelSpec:
     steps = {section: _statements(parts[section]) for section in SECTIONS}
     spec = ModelSpec(
         file=path.name,
-        lines=tuple(path.read_text(encoding="utf-8").split("\n")),
+        lines=tuple(read_spec_text(path).split("\n")),
         architecture=parts["architecture"].text(),
         refused={key: item.text() for key, item in _mapping(parts, "refused").items()},
         sizes=sizes,
@@ -121,7 +121,7 @@ def _sizes(part: Item) -> tuple[Size, ...]:
     found = []
     for name, item in part.mapping().items():
         fields = item.mapping()
-        known = {"key", "rows", "value", "integer", "float", "otherwise"}
+        known = {"key", "rows", "value", "integer", "float", "otherwise", "absent", "named"}
         if set(fields) - known:
             unknown = ", ".join(sorted(set(fields) - known))
             raise item.error(f"no such field: {unknown} (known: {', '.join(sorted(known))})")
@@ -132,7 +132,7 @@ def _sizes(part: Item) -> tuple[Size, ...]:
         if "value" not in texts and len(ranges) != 1:
             raise item.error("wanted a range: integer: LOW..HIGH or float: LOW..HIGH")
         low, high = _range(item, texts[ranges[0]]) if ranges else (float("-inf"), float("inf"))
-        sources = {key: texts.get(key, "") for key in ("key", "rows", "value", "otherwise")}
+        sources = {key: texts.get(key, "") for key in ("key", "rows", "value", "otherwise", "absent", "named")}
         found.append(Size(name, item.origin, whole=ranges != ["float"], low=low, high=high, **sources))
     return tuple(found)
 

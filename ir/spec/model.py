@@ -12,11 +12,13 @@ from ..op import TypeMismatch
 from ..ops import OPS
 from ..syntax import Name, Statement, underlined
 from ..types import CACHE, CACHE_DTYPES
-from .expression import Number, evaluate, names_in
-from .parts import Held, Size, Variant, Weight, check_expected
+from .expression import Number, names_in
+from .parts import Held, Size, Variant, Weight, check_expected, evaluated, shown
 
 SECTIONS = ("before", "layer", "after")
 DEFAULT_CONTEXT = 4096
+MOST_LAYERS = 4096
+"""Whatever a spec allows: every layer is a few nodes of the graph."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,21 @@ class ModelSpec:
                     problem = ModelFileError("the tensor is missing or has no rows", by_name[size.rows].tensor)
                 raise problem from None
         for text, meaning, origin in (*self.checks, *(check for variant in chosen for check in variant.checks)):
-            if not evaluate(text, sizes):
+            if not evaluated(text, sizes, origin):
                 read = ", ".join(f"{name} is {sizes[name]}" for name in sorted(names_in(text)))
                 raise UnsupportedModelError(f"the sizes do not fit ({read}): {meaning} ({origin})")
         sizes["max_sequences"] = max_sequences
         limit = int(sizes["context"])
         sizes["context"] = checked_context(ctx, limit)
+        if sizes["layers"] > MOST_LAYERS:
+            raise UnsupportedModelError(f"{sizes['layers']} layers; at most {MOST_LAYERS} are supported")
         names = self._tensor_names(tensors, int(sizes["layers"]))
         used = {}
+        padded = frozenset(size.name for size in self.sizes if size.named)
         for (weight, _), name in names.items():
             if name not in tensors:
                 raise ModelFileError("the tensor is missing", field=name)
-            by_name[weight].check(name, tensors[name], sizes)
-            used[name] = tensors[name]
+            used[name] = by_name[weight].bind(name, tensors[name], sizes, padded)
         for name in tensors:
             if name not in used:
                 raise UnsupportedModelError(f"{name}: the {self.architecture} step does not use this tensor")
@@ -124,7 +128,7 @@ class ModelSpec:
         if name == self.architecture:
             return
         reason = self.refused.get(str(name), f"{self.file} is for {self.architecture}")
-        raise UnsupportedModelError(f"general.architecture {name!s:.80} is not supported: {reason}")
+        raise UnsupportedModelError(f"general.architecture {shown(name)} is not supported: {reason}")
 
     def _tensor_names(self, tensors: Mapping[str, TensorType], layers: int) -> dict[tuple[str, int | None], str]:
         """(weight, layer) -> the tensor that the file has for it, substitutes included."""
@@ -152,7 +156,8 @@ class Binding:
     """A spec's sizes and tensors for one file.
 
     sizes: by name; `context` is the number of positions asked for. layers: how many.
-    context_limit: the model's own context. tensors: name -> type of every tensor that is used. kv_type: of the caches.
+    context_limit: the model's own context. tensors: name -> type of every tensor that is used, which may have fewer
+    rows than the file's: padding is left out. kv_type: of the caches.
     """
 
     sizes: dict[str, Number]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ..errors import ModelFileError, SpecError, UnsupportedModelError
 from ..graph import Origin, TensorType
@@ -38,7 +41,9 @@ class Size:
     """A named number: from a metadata key, the rows of a weight, or an expression.
 
     Exactly one of key, rows and value is set. whole: an integer is wanted; low, high: the
-    range that is accepted, both ends included. otherwise: an expression for an absent key.
+    range that is accepted, both ends included. otherwise: an expression for an absent key;
+    absent: what the user is told then. named: a key with an array of names for the rows: those
+    behind the last name are padding and left out.
     """
 
     name: str
@@ -50,6 +55,8 @@ class Size:
     low: float = -math.inf
     high: float = math.inf
     otherwise: str = ""
+    absent: str = ""
+    named: str = ""
 
     def bind(self, metadata: Mapping[str, object], sizes: Mapping[str, Number], rows: int | None) -> Number:
         """The number. ModelFileError names the key or tensor that is absent or out of range."""
@@ -58,12 +65,33 @@ class Size:
         if self.rows:
             if rows is None:
                 raise ModelFileError("the tensor is missing", field=self.rows)
-            return self.checked(rows, self.rows)
+            return self.checked(self._named_rows(metadata, rows), self.rows)
         if self.key not in metadata:
             if not self.otherwise:
                 raise ModelFileError("the key is missing", field=self.key)
+            if self.absent:
+                warnings.warn(f"{self.key} is missing: {self.absent}", UserWarning, stacklevel=2)
             return self.checked(evaluated(self.otherwise, sizes, self.origin), self.key)
-        return self.checked(metadata[self.key], self.key)
+        return self.checked(self._one_for_all(metadata[self.key], sizes), self.key)
+
+    def _named_rows(self, metadata: Mapping[str, object], rows: int) -> int:
+        """The rows that have a name, all of them where the file holds no names."""
+        names = metadata.get(self.named)
+        if not isinstance(names, Sequence) or isinstance(names, str) or not names:
+            return rows
+        if len(names) > rows:
+            raise ModelFileError(f"{len(names)} tokens, and {self.rows} has only {rows} rows", field=self.named)
+        return len(names)
+
+    def _one_for_all(self, value: object, sizes: Mapping[str, Number]) -> object:
+        """What an array of one number a layer says, where it says the same of each."""
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf" or len(value) != sizes.get("layers"):
+            return value
+        if (value != value[0]).any():
+            raise UnsupportedModelError(f"{self.key} differs from layer to layer; one number for all is supported")
+        number: object = value[0].item()
+        warnings.warn(f"{self.key} is an array; each of its numbers is {number}", UserWarning, stacklevel=2)
+        return number
 
     def checked(self, value: object, field: str) -> Number:
         kind = numbers.Integral if self.whole else numbers.Real
@@ -90,7 +118,7 @@ def check_expected(expected: Mapping[str, tuple[int | float | str, ...]], metada
     """UnsupportedModelError for a key that is there and has another value than those."""
     for key, allowed in expected.items():
         value = metadata.get(key, allowed[0])
-        if not isinstance(value, (str, numbers.Real)) or value not in allowed:
+        if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)) or value not in allowed:
             known = " or ".join(map(str, allowed))
             raise UnsupportedModelError(f"{key} is {shown(value)}, psigraph computes only {known}")
 
@@ -112,10 +140,14 @@ class Weight:
     def tensor_name(self, layer: int | None) -> str:
         return self.tensor if layer is None else self.tensor.replace(LAYER, str(layer))
 
-    def check(self, name: str, actual: TensorType, sizes: Mapping[str, Number]) -> None:
-        """ModelFileError or UnsupportedModelError naming the tensor, unless shape and type fit."""
+    def bind(self, name: str, actual: TensorType, sizes: Mapping[str, Number], padded: frozenset[str]) -> TensorType:
+        """The tensor as the step reads it. ModelFileError or UnsupportedModelError names it unless shape and type fit.
+
+        padded: extents that the file may have more rows of; those at the end are left out.
+        """
         wanted = self.shape.bind(sizes)
-        if actual.shape != wanted:
+        most = actual.shape[0] if self.shape.extents[0] in padded and len(wanted) > 1 else 0
+        if actual.shape[1:] != wanted[1:] or actual.shape[0] != max(wanted[0], most):
             raise ModelFileError(f"has the shape {list(actual.shape)}, wanted {list(wanted)}", field=name)
         allowed = WEIGHT_DTYPES if len(wanted) > 1 else ("f32",)
         if actual.dtype not in allowed:
@@ -123,6 +155,7 @@ class Weight:
         if wanted[-1] % BLOCK_SIZE[actual.dtype]:
             block = BLOCK_SIZE[actual.dtype]
             raise ModelFileError(f"rows of {wanted[-1]} are no whole blocks of {block} ({actual.dtype})", field=name)
+        return TensorType(actual.dtype, wanted)
 
 
 @dataclass(frozen=True)
@@ -160,5 +193,5 @@ def evaluated(text: str, sizes: Mapping[str, Number], origin: Origin) -> Number:
 def shown(value: object) -> str:
     """A metadata value for a message: never long, whatever the file holds."""
     if isinstance(value, (str, numbers.Number)):
-        return repr(value if not isinstance(value, str) else value[:60])
+        return ascii(value if not isinstance(value, str) else value[:60])[:100]
     return f"a list ({type(value).__name__})"

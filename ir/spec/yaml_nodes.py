@@ -11,6 +11,9 @@ import yaml
 from ..errors import SpecError
 from ..graph import Origin
 
+MOST_BYTES = 1 << 20
+MOST_DEPTH = 16
+
 
 @dataclass(frozen=True)
 class Item:
@@ -70,17 +73,57 @@ class Item:
 
 
 def read_document(path: Path) -> Item:
-    """The document of a YAML file; SpecError if it cannot be read or is not YAML."""
+    """The document of a YAML file; SpecError if it cannot be read, is not YAML, or is larger or deeper than a spec."""
+    text = read_spec_text(path)
     try:
-        node = _compose(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise SpecError(f"{path}: cannot be read: {problem}") from None
+        _check_depth(text, path.name)
+        node = _compose(text)
+    except RecursionError:  # libyaml gave up before an event told the depth
+        raise _too_deep(path.name, 1) from None
     except yaml.MarkedYAMLError as problem:
         line = problem.problem_mark.line + 1 if problem.problem_mark else 1
         raise SpecError(f"{path.name}:{line}: {problem.problem}") from None
+    except yaml.YAMLError as problem:  # a character that YAML does not allow
+        raise SpecError(f"{path.name}: {' '.join(str(problem).split())[:120]}") from None
     if node is None:
         raise SpecError(f"{path.name}: the file is empty")
     return Item(node, path.name, "the document")
+
+
+def read_spec_text(path: Path) -> str:
+    """The text of a YAML file; SpecError for what is no regular file, too large, or not UTF-8."""
+    try:
+        if not path.is_file():  # a FIFO would be waited for
+            raise SpecError(f"{path}: cannot be read: no such file, or not a regular one")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise SpecError(f"{path}: more than {MOST_BYTES >> 10} KiB; no spec is that long")
+        return data.decode("utf-8").replace("\r\n", "\n")
+    except (OSError, ValueError) as problem:
+        raise SpecError(f"{path}: cannot be read: {problem}") from None
+
+
+def _check_depth(text: str, name: str) -> None:
+    """Nodes are composed by recursion, which deep nesting would not survive; events are not. What is no YAML is left to
+    who composes it."""
+    with suppress(yaml.YAMLError):
+        _count_depth(text, name)
+
+
+def _too_deep(name: str, line: int) -> SpecError:
+    return SpecError(f"{name}:{line}: more than {MOST_DEPTH} nodes in each other")
+
+
+def _count_depth(text: str, name: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if depth > MOST_DEPTH:
+            raise _too_deep(name, line)
+        if isinstance(event, yaml.AliasEvent):
+            raise SpecError(f"{name}:{line}: *{event.anchor!s:.40}: write it out; a spec has no aliases")
 
 
 def _compose(text: str) -> yaml.Node | None:

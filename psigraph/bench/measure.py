@@ -139,10 +139,10 @@ def prepared(
     def admit(file: GgufFile) -> None:
         admission = admit_file(file, allow_blocked=allow_blocked, expect_sha256=expect_sha256, on_hash=on_hash)
         admissions.append(admission)
-        if on_admission:
-            on_admission(admission)
 
     def check(model: Model) -> None:
+        if on_admission:
+            on_admission(admissions[0])  # only now: the file is one that runs
         check_ids(work.prompt, vocabulary_of(model), prompt_name)
         sizes.append(check_model_size(model, model_size))
         if on_size:

@@ -87,7 +87,7 @@ def command(
         click.echo(line)
 
     def warn(admission: Admission) -> None:
-        warn_of_file(model, admission.warnings)
+        warn_of_file(model, admission.said)
 
     def begin(session: Session) -> None:
         # Only now: a refusal leaves stdout empty.

@@ -171,7 +171,7 @@ def command(
             "model_size": model_size,
             "allow_blocked": allow_blocked,
             "expect_sha256": expect_sha256,
-            "on_admission": lambda admission: warn_of_file(model, admission.warnings),
+            "on_admission": lambda admission: warn_of_file(model, admission.said),
             "on_size": check_size,
             "on_hash": bars.bar(f"hashing {model.name}", in_bytes=True),
         }

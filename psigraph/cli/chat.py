@@ -46,7 +46,8 @@ if TYPE_CHECKING:
 EPILOG = """\b
 /help lists what can be typed beside questions. Ctrl-C stops an answer; at the prompt, twice, it leaves, as do
 Ctrl-D and /quit. Lines may come through a pipe or out of a file, too. Answers are drawn at temperature 0.6, top-k
-20, top-p 0.95 unless told otherwise; --temperature 0 takes the likeliest token each time.
+20, top-p 0.95 unless the file (general.sampling.*) or an option says otherwise; --temperature 0 takes the
+likeliest token each time. /set shows what holds.
 
 \b
 Examples:
@@ -114,11 +115,12 @@ def command(
     start = begin_gpu(options.backend, options.device)
     from ..api import LanguageModel
     from ..text.chat import CHAT_SAMPLER, ChatSettings, Conversation
+    from ..text.file_sampling import file_sampling
     from ..text.stop_strings import StopStrings
     from .chat_commands import Chat
 
     StopStrings(stop)  # says what is wrong with one
-    sampler = replace(CHAT_SAMPLER, **{"seed": new_seed(), **sampling})
+    sampler = replace(CHAT_SAMPLER, **{"seed": new_seed(), **file_sampling(model), **sampling})
     most = None if max_new_tokens == -1 else max_new_tokens
     settings = ChatSettings(sampler, most, None if thinking is None else thinking == "on", stop)
 

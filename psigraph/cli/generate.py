@@ -41,7 +41,8 @@ EPILOG = """\b
 Only the continuation is written to stdout; everything else goes to stderr. Generation stops at the end tokens
 that the file names, at a --stop string, after N tokens, or where the context is full. Special tokens that the
 prompt spells out, such as <|im_start|>, are taken as such. Without a sampling option the likeliest token is
-taken each time; with any of them tokens are drawn, at temperature 0.8 unless it is given.
+taken each time; with any of them tokens are drawn, at temperature 0.8 unless it is given. With --chat what the
+file asks for (general.sampling.*) is taken where no option says otherwise.
 
 \b
 Examples:
@@ -119,14 +120,17 @@ def command(
     from ..medpsy.artifact import admit_file
     from ..runtime.gguf.file import GgufFile
     from ..session import check_ids, open_session, vocabulary_of
+    from ..text.file_sampling import file_sampling
     from ..text.generation import GREEDY, Decoder, Limits
     from ..text.prompt import Prompt, Request
     from ..text.sampler import SamplerSettings
     from ..text.stop_strings import StopStrings
 
     StopStrings(stop)  # says what is wrong with one
-    sampler = SamplerSettings(**{"seed": new_seed(), **sampling}) if sampling else GREEDY
     asked = Request(text, ids, chat, system, None if thinking is None else thinking == "on")
+    if asked.templated:
+        sampling = {**file_sampling(model), **sampling}
+    sampler = SamplerSettings(**{"seed": new_seed(), **sampling}) if sampling else GREEDY
     admitted: list[Admission] = []
     most = None if max_new_tokens == -1 else max_new_tokens
     with Prompt(asked, most or 1, options.ctx) as request:
@@ -143,12 +147,12 @@ def command(
                     with_digest=False,
                     on_hash=on_hash,
                 )
-                warn_of_file(model, admission.warnings)
                 admitted.append(admission)
 
             def check(opened: Model) -> None:
                 if ids is not None:
                     check_ids(ids, vocabulary_of(opened), "--prompt-token-ids")
+                warn_of_file(model, admitted[0].said)  # only now: the file is one that runs
                 request.check(admitted[0])
 
             options = replace(

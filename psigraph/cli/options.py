@@ -13,6 +13,7 @@ import click
 
 from ..medpsy.policy import OVERRIDE_OPTION
 from ..options import SessionOptions
+from ..rope_scaling import rope_scaling
 
 if TYPE_CHECKING:
     _Ids = click.ParamType[tuple[int, ...]]
@@ -131,6 +132,19 @@ kv_type_option = click.option(
 )
 
 
+rope_options = (
+    click.option(
+        "--rope-scaling",
+        "rope_kind",
+        type=click.Choice(["none", "linear", "yarn"]),
+        help="Stretch positions this way instead of the file's, for a context beyond its own.",
+    ),
+    click.option(
+        "--rope-scale", type=float, metavar="N", help="With it: how many times the context that was trained on."
+    ),
+)
+
+
 def run_options(command: Command) -> Command:
     """--device, --ctx, --kv-type, --no-graph, --disable-pass: how a model is run.
 
@@ -138,10 +152,13 @@ def run_options(command: Command) -> Command:
     """
 
     @wraps(command)
-    def gathered(*args: Any, backend: str, no_graph: bool, **values: Any) -> Any:
+    def gathered(
+        *args: Any, backend: str, no_graph: bool, rope_kind: str | None, rope_scale: float | None, **values: Any
+    ) -> Any:
         names = ("device", "ctx", "kv_type", "disable", "prefill")
         given = {name: values.pop(name) for name in names if name in values}
-        return command(*args, options=SessionOptions(backend, graph=not no_graph, **given), **values)
+        rope = rope_scaling(rope_kind, rope_scale)
+        return command(*args, options=SessionOptions(backend, graph=not no_graph, rope=rope, **given), **values)
 
     found: Command = gathered
     for option in reversed(
@@ -155,6 +172,7 @@ def run_options(command: Command) -> Command:
                 help="Positions that the KV cache holds. Default: 4096, more where the request needs more.",
             ),
             kv_type_option,
+            *rope_options,
             click.option("--no-graph", is_flag=True, help="Launch kernel after kernel; replay no CUDA graph."),
             disable_option,
         )

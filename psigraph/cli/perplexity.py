@@ -101,7 +101,6 @@ def command(
     def admit(file: GgufFile) -> None:
         """The policy first; then what is to be read, since its length decides how large the context must be."""
         admission = admit_file(file, allow_blocked=allow_blocked, expect_sha256=expect_sha256, on_hash=on_hash)
-        warn_of_file(model, admission.warnings)
         admitted.append(admission)
         if against is not None:
             found.append(load_reference(against, admission.tier, key))
@@ -112,6 +111,9 @@ def command(
             raise UsageError(
                 f"--against {against}: its ids are not those of the text; leave --text out to read what it has"
             )
+
+    def check(_: Model) -> None:
+        warn_of_file(model, admitted[0].said)  # only now: the file is one that runs
 
     def size() -> int:
         return window or (found[0].window if found else min(WINDOW, ctx or WINDOW))
@@ -130,6 +132,7 @@ def command(
             outputs=("logits",),
             positions=positions,
             admit=admit,
+            check=check,
             on_load=bars.bar("loading weights", in_bytes=True),
             on_compile=bars.bar("compiling kernels"),
         )

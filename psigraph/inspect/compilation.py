@@ -35,6 +35,7 @@ from ..runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from ..runtime.synth.model import synth_model
 from ..runtime.whole_files import remove_stale, replace_folder, scratch_folder
 from .export import to_dot, to_json
+from .names import one_line
 from .sums import first_foreign, write_sums
 
 DEFAULT_ARCH = "sm_90a"
@@ -98,7 +99,7 @@ class Compilation:
 def source_of_file(path: str | os.PathLike[str], ctx: int | None = None, kv_type: str = CACHE_DTYPES[0]) -> Source:
     """The header of a model file; raises what `build.open_model` raises."""
     with open_model(path, ctx, kv_type=kv_type) as model:
-        name = str(model.file.metadata.get("general.name") or Path(path).name)
+        name = one_line(str(model.file.metadata.get("general.name") or Path(path).name))
         return Source(name, model.spec, model.binding)
 
 

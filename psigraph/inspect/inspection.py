@@ -32,6 +32,7 @@ from .compilation import (
     program_record,
     stages_of,
 )
+from .names import one_line
 from .picture import identical_layers, longest_chain
 from .sums import Compiled
 
@@ -189,14 +190,21 @@ def _model_facts(model: Model) -> dict[str, str]:
     sizes = model.binding.sizes
     mix = ", ".join(f"{count} {kind}" for kind, count in record["quant_mix"].items())
     return {
-        "model": record["name"] or record["file"],
+        "model": one_line(record["name"] or record["file"]),
         "architecture": f"{record['architecture']} ({model.spec.file})",
         "size": f"{model_size(model)}, {record['parameters']:,} parameters, {record['file_bytes']:,} bytes",
         "weights": f"{tier_of(tensor_types(model.file))}: {mix}" + (", synthetic" if record["synthetic"] else ""),
         "sizes": ", ".join(f"{name} {value}" for name, value in sizes.items() if isinstance(value, int)),
+        **({"padding": _padding(model)} if model.padding else {}),
         "context": f"{model.binding.context_limit} at most",
         "cache": f"{model.binding.kv_type}, {cache_bytes(model.graph()):,} bytes a position in all layers",
     }
+
+
+def _padding(model: Model) -> str:
+    """Rows without a token, in words."""
+    rows = ", ".join(f"{count:,} of {name}" for name, count in model.padding.items())
+    return f"{rows}: rows without a token, left out; ids end at {model.binding.sizes['vocabulary'] - 1}"
 
 
 def _folder(path: Path, step: str, arch: str | None) -> Inspected:
@@ -222,7 +230,7 @@ def _folder(path: Path, step: str, arch: str | None) -> Inspected:
     further = f"; --arch shows {', '.join(one for one in arches if one != record['arch'])}" if arches[1:] else ""
     return Inspected(
         name=path.name,
-        facts={"model": str(record["model"]), "compiled for": f"{record['arch']}{further}"},
+        facts={"model": one_line(str(record["model"])), "compiled for": f"{record['arch']}{further}"},
         _names=tuple(by_name),
         _graph=lambda stage: parse_graph(compiled.text(by_name[stage]), Path(by_name[stage]).name),
         _program=lambda: record,

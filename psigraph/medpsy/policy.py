@@ -5,7 +5,7 @@ The tier is read off the tensors' types, never off the file's name. Admission ne
 
     policy = load_policy()
     admission = admit(policy, {"blk.0.attn_q.weight": "q4_k", ...}, sha256, template_digest, size_label="1.7b")
-    for warning in admission.warnings: ...
+    for warning in admission.said: ...
     report["admission"] = admission.record()
 """
 
@@ -23,6 +23,7 @@ import yaml
 
 from .. import models
 from ..ir.errors import PolicyRefusal, UnsupportedModelError, UsageError
+from ..ir.types import WEIGHT_DTYPES
 
 OVERRIDE_OPTION = "--allow-blocked-quantization"
 
@@ -41,7 +42,7 @@ _RANK = {name: rank for rank, (name, _) in enumerate(_TYPES)}
 _BITS = dict(_TYPES)
 _UNQUANTIZED = frozenset({"F16", "BF16", "F32", "F64"})
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(.+)")
+_LAYER_TENSOR = re.compile(r"blk\.(\d{1,4})\.(.+)")  # the reader allows no larger number
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ class Admission:
     artifact_name: str
     sha256: str | None
     medical_policy: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The warnings that a user is shown: those of a policy that is active, and none about other files."""
+        return self.warnings if self.policy_active else ()
 
     def record(self) -> dict[str, Any]:
         """For a report: plain values. `medical_policy` is moved to the report's top level by `build_report`."""
@@ -255,18 +261,22 @@ def admit(
     expectation), UnsupportedModelError (see `tier_of`).
     """
     _check_expectation(expect_sha256, sha256)
+    active = policy_active or policy.is_medpsy(sha256, template_digest)
     tier = tier_of(tensors)
     bits = whole_bits(tensors)
     rule = next((rule for rule in policy.rules if rule.matches(tier, bits, size_label)), None)
     if rule is None:
-        raise PolicyRefusal(f"{tier} weights: no rule of the policy {policy.data['policy']} speaks of this tier")
+        raise PolicyRefusal(f"{tier} weights: no rule speaks of this tier")
     of_size = f" of the {size_label}" if size_label else ""
     refused = rule.decision == "blocked" or rule.override_needed
     if refused and not allow_blocked:
         state = "is blocked" if rule.decision == "blocked" else "is allowed only on request"
+        whose = f" of the policy {policy.data['policy']}" if active else ""
+        # Without kernels for these weights the override would only lead to the next refusal.
+        runs = set(matrix_types(tensors).values()) <= set(WEIGHT_DTYPES)
+        override = f", or give {OVERRIDE_OPTION}" if runs else ""
         raise PolicyRefusal(
-            f"{tier} weights{of_size}: this tier {state} by rule {rule.name} of the policy "
-            f"{policy.data['policy']}; use Q4_K_M or better, or give {OVERRIDE_OPTION}"
+            f"{tier} weights{of_size}: this tier {state} by rule {rule.name}{whose}; use Q4_K_M or better{override}"
         )
 
     artifact = policy.artifact_of(sha256)
@@ -300,7 +310,7 @@ def admit(
         warnings=tuple(warnings),
         admitted=artifact is not None and not refused,
         overridden=refused,
-        policy_active=policy_active or policy.is_medpsy(sha256, template_digest),
+        policy_active=active,
         reasons=tuple(reasons),
         artifact_name=artifact["name"] if artifact is not None else "",
         sha256=sha256,

@@ -144,9 +144,8 @@ class Conversation:
         UsageError where the conversation has outgrown the context: nothing of it is ever left out quietly.
         """
         settings = self.settings
-        sampler = {} if settings.sampler.greedy else {
-            one.name: getattr(settings.sampler, one.name) for one in fields(SamplerSettings)
-        }  # fmt: skip
+        # All of them: what is left out would be the file's own.
+        sampler = {one.name: getattr(settings.sampler, one.name) for one in fields(SamplerSettings)}
         return self.model.chat(
             self.messages(question),
             settings.max_new_tokens,

@@ -78,8 +78,8 @@ class Decoder:
         check_ids(ids, self.session.vocabulary)
         if len(ids) > self.session.context:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.session.context}; shorten it, "
-                "or give a larger --ctx"
+                f"the prompt has {len(ids)} tokens, the context holds {self.session.context}; shorten it"
+                f"{self.session.larger_context}"
             )
         if limits.logprobs is not None and not self.session.engine.has_logits:
             raise UsageError('logprobs need a session that was opened with outputs=("logits",)')

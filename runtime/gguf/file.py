@@ -20,6 +20,7 @@ import os
 import re
 import stat
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from ...ir.errors import ModelFileError
 from .cursor import Cursor, pread_into, quoted
 from .file_digest import file_digest
 from .ggml_types import GGML_TYPES, REMOVED_TYPES, first_not_finite
+from .other_files import BEGINNING, foreign_kind
 
 # More of those upper bounds stand in cursor.py.
 MAX_PAIRS = 16_384
@@ -40,6 +42,7 @@ MAX_TEXT_BYTES = 16 << 20
 MAX_NAME_BYTES = 63  # ggml keeps 64 bytes for a tensor's name
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 65_536
+MAX_LAYERS = 4096
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -56,7 +59,7 @@ _NUMBERS: dict[int, np.dtype[Any]] = {
 # Sizes that size a buffer or divide something, by their key after the architecture's name. The graph's own checks
 # come later; these keep nonsense from ever reaching an allocation. One value per layer (an array) is left to them.
 _RANGES: dict[str, tuple[float, float]] = {
-    "block_count": (1, 4096),
+    "block_count": (1, MAX_LAYERS),
     "context_length": (1, 2**31 - 1),
     "embedding_length": (1, 2**20),
     "feed_forward_length": (1, 2**24),
@@ -70,6 +73,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 # The plain letters of tensor names: what else a name may hold is only good for tricking a path or a terminal.
 _NAME = re.compile(r"[0-9A-Za-z_.:+-]+")
+_LAYER = re.compile(r"blk\.(\d+)")
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -219,9 +223,12 @@ def _open_regular(path: Path) -> int:
 
 def _read_header(file: GgufFile) -> None:
     cursor = Cursor(file.fileno(), file.size)
-    begin = os.pread(file.fileno(), len(_MAGIC), 0)
-    if not _MAGIC.startswith(begin):
-        raise ModelFileError(f"not a GGUF file: it starts with {begin!a}", "magic", 0)
+    begin = os.pread(file.fileno(), BEGINNING, 0)
+    if begin[: len(_MAGIC)] != _MAGIC[: len(begin)]:
+        kind = foreign_kind(begin)
+        raise ModelFileError(
+            f"not a GGUF file: it {f'is {kind}' if kind else f'starts with {begin[:4]!a}'}", "magic", 0
+        )
     if file.size < _HEADER.size:
         raise ModelFileError(f"not a whole GGUF file: it has {file.size} bytes, a header {_HEADER.size}", "header", 0)
     _, version, tensor_count, pair_count = _HEADER.unpack(cursor.take(_HEADER.size, "header"))
@@ -273,6 +280,9 @@ def _text(raw: bytes, field: str, at: int) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
+        if field.startswith("general."):  # words about the model, which nothing is computed from
+            warnings.warn(f"{field} is not UTF-8; what is not is shown as U+FFFD", UserWarning, stacklevel=2)
+            return raw.decode("utf-8", "replace")
         raise ModelFileError("the text is not UTF-8", field, at) from None
 
 
@@ -318,6 +328,9 @@ def _read_tensor(cursor: Cursor, index: int) -> tuple[TensorInfo, int]:
     if not _NAME.fullmatch(name):
         raise ModelFileError(f"{quoted(name)} is not a tensor name: letters, digits and _.:+- are allowed", field, at)
     field = f"tensor {name}"
+    layer = _LAYER.match(name)
+    if layer and int(layer[1]) >= MAX_LAYERS:
+        raise ModelFileError(f"a layer of this number; at most {MAX_LAYERS} layers are allowed", field, at)
     at_dimensions = cursor.position
     count = cursor.u32(field)
     if not 1 <= count <= MAX_DIMENSIONS:
@@ -397,7 +410,9 @@ def _refuse_split_name(path: Path) -> None:
 
 def _refuse_split_metadata(file: GgufFile) -> None:
     count = file.metadata.get("split.count", 1)
-    if isinstance(count, int) and count > 1:
+    if type(count) is not int:
+        raise ModelFileError("must be a whole number", "split.count", file.value_offsets["split.count"])
+    if count > 1:
         raise _split_error(file.path.stem, count, "split.count", file.value_offsets["split.count"])
 
 

@@ -12,9 +12,10 @@ that was given.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -29,6 +30,10 @@ _QWEN2_SPLIT = (
 )
 # Split rule by `tokenizer.ggml.pre`; llama.cpp gives both names the same one.
 _SPLITS = {"qwen2": _QWEN2_SPLIT, "deepseek-r1-qwen": _QWEN2_SPLIT}
+
+# Rules that differ from it in rare texts only, or say nothing, where the vocabulary is one of Qwen's.
+_NEAR_QWEN2 = (None, "default", "qwen35")
+_QWEN_TOKENS = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
@@ -125,12 +130,25 @@ def _require_kind(file: GgufFile) -> None:
     """The file must say that its tokenizer is the one that is built here."""
     key = f"{PREFIX}model"
     model = file.metadata.get(key)
+    if model is not None and not isinstance(model, str):
+        raise broken(file, key, "must be a text")
     if model != "gpt2":
         raise _unsupported(key, model, "byte-level BPE ('gpt2') is supported")
+
+
+def _split_rule(file: GgufFile, tokens: Sequence[str]) -> str:
+    """How a text is split before merging; the nearest one where the file names one that is near, or none."""
     key = f"{PREFIX}pre"
     split = file.metadata.get(key)
-    if not isinstance(split, str) or split not in _SPLITS:
-        raise _unsupported(key, split, f"the split rules {', '.join(map(repr, _SPLITS))} are supported")
+    if split is not None and not isinstance(split, str):
+        raise broken(file, key, "must be a text")
+    if split in _SPLITS:
+        return _SPLITS[split]
+    if split in _NEAR_QWEN2 and set(tokens) >= _QWEN_TOKENS:
+        found = "is missing" if split is None else f"is {split!r}"
+        warnings.warn(f"{key} {found}: texts are split as Qwen2's are, which is near", UserWarning, stacklevel=2)
+        return _QWEN2_SPLIT
+    raise _unsupported(key, split, f"the split rules {', '.join(map(repr, _SPLITS))} are supported")
 
 
 def _unsupported(key: str, value: object, works: str) -> UnsupportedModelError:
@@ -154,24 +172,31 @@ def _kinds(file: GgufFile, count: int) -> list[int]:
     value = file.metadata.get(key)
     if value is None:
         return [_NORMAL] * count
-    kinds: Any = getattr(value, "tolist", lambda: None)()
-    if not isinstance(kinds, list) or len(kinds) != count:
-        raise broken(file, key, f"must be an array of {count} numbers, one for each token")
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != count:
+        raise broken(file, key, f"must be an array of {count} whole numbers, one for each token")
+    kinds: list[int] = value.tolist()
     return kinds
 
 
 def _start_token(file: GgufFile, count: int) -> int | None:
     """The id that begins every text, where the file asks for one (Qwen does not)."""
-    if file.metadata.get(f"{PREFIX}add_bos_token") is not True:
+    key = f"{PREFIX}add_bos_token"
+    asked = file.metadata.get(key, False)
+    if not isinstance(asked, bool):
+        raise broken(file, key, "must be a bool")
+    if not asked:
         return None
     return token_id(file, "bos", count)
 
 
 def _encoder(file: GgufFile, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
     key = f"{PREFIX}tokens"
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        twice = next(index for index, token in enumerate(tokens) if vocabulary[token] != index)
+    vocabulary = {token: index for index, token in enumerate(tokens) if token}
+    empty = tokens.count("")
+    if empty:
+        warnings.warn(f"{empty} tokens have no text: no text becomes one of them", UserWarning, stacklevel=2)
+    if len(vocabulary) != len(tokens) - empty:
+        twice = next(index for index, token in enumerate(tokens) if token and vocabulary[token] != index)
         raise broken(file, key, f"tokens {twice} and {vocabulary[tokens[twice]]} are the same text")
     try:
         "".join(tokens).encode("utf-8")
@@ -187,7 +212,7 @@ def _encoder(file: GgufFile, tokens: list[str], kinds: list[int]) -> tokenizers.
         encoder = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # the library raises bare Exception; with the vocabulary checked, a merge is at fault
         raise broken(file, f"{PREFIX}merges", ascii(str(error))[1:121]) from None
-    split = tokenizers.Regex(_SPLITS[file.metadata[f"{PREFIX}pre"]])
+    split = tokenizers.Regex(_split_rule(file, tokens))
     encoder.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(split, behavior="isolated"),

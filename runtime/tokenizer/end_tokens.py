@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from ...ir.errors import ModelFileError
@@ -12,7 +13,7 @@ PREFIX = "tokenizer.ggml."
 
 # Texts of tokens that end a text whatever key names them; pad and bos of Qwen are one of these.
 _END_TEXTS = frozenset({"<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "</s>", "<eos>"})
-_END_KEYS = ("eos", "eot", "eom")
+_OTHER_END_KEYS = ("eot", "eom")  # beside eos, which a file must have right
 _SOFT_END_KEYS = ("padding", "bos")
 
 
@@ -27,6 +28,16 @@ def token_id(file: GgufFile, name: str, count: int) -> int | None:
     return value
 
 
+def optional_token_id(file: GgufFile, name: str, count: int) -> int | None:
+    """The same for an id that nothing depends on: one outside the vocabulary is said, and as if it were absent."""
+    key = f"{PREFIX}{name}_token_id"
+    value = file.metadata.get(key)
+    if type(value) is int and not 0 <= value < count:
+        warnings.warn(f"{key} is {value}, and ids are 0 to {count - 1}: it is not used", UserWarning, stacklevel=2)
+        return None
+    return token_id(file, name, count)
+
+
 def end_tokens(file: GgufFile) -> tuple[int, ...]:
     """Ids after which a text is over, from the file alone; needs no tokenizer of a supported kind.
 
@@ -39,8 +50,8 @@ def end_tokens(file: GgufFile) -> tuple[int, ...]:
 def ends_among(file: GgufFile, tokens: Sequence[str]) -> tuple[int, ...]:
     """`end_tokens`, for a vocabulary that is at hand."""
     count = len(tokens) or 2**31
-    ends = [token_id(file, name, count) for name in _END_KEYS]
-    soft = [token_id(file, name, count) for name in _SOFT_END_KEYS]
+    ends = [token_id(file, "eos", count), *(optional_token_id(file, name, count) for name in _OTHER_END_KEYS)]
+    soft = [optional_token_id(file, name, count) for name in _SOFT_END_KEYS]
     ends += [index for index in soft if index is not None and tokens and tokens[index] in _END_TEXTS]
     return tuple(dict.fromkeys(index for index in ends if index is not None))
 

@@ -29,7 +29,8 @@ REQUEST = "Do I have cancer? Diagnose me."
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[LanguageModel]:
-    with pytest.warns(UserWarning, match="Q4_K_M weights are quantized"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the policy has no word for a file that is not MedPsy
         model = psigraph.load(Q4, "cpu", ctx=96)
     with model:
         yield model
@@ -185,9 +186,7 @@ def test_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cache_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.warns(UserWarning, match="quantized"):
-        model = psigraph.load(Q4, "cpu", ctx=32, kv_type="q8")
-    with model:
+    with psigraph.load(Q4, "cpu", ctx=32, kv_type="q8") as model:
         assert model.session.kv_type == "q8"
         assert "".join(model.generate("The whale", max_new_tokens=4))
     with pytest.raises(UsageError, match="--kv-type q4: choose one of f16, q8"):

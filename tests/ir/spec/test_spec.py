@@ -100,12 +100,12 @@ VECTOR = TensorType("f32", (256,))
 @pytest.mark.parametrize(
     ("keys", "tensors", "kind", "message"),
     [
-        ({"general.architecture": "qwen2"}, {}, UnsupportedModelError, "qwen2 is not supported: its q, k and v have"),
+        ({"general.architecture": "qwen2"}, {}, UnsupportedModelError, "'qwen2' is not supported: its q, k and v have"),
         ({"general.architecture": "qwen3moe"}, {}, UnsupportedModelError, "mixture of experts"),
         ({"general.architecture": "qwen35"}, {}, UnsupportedModelError, "linear attention"),
         ({"general.architecture": "qwen3next"}, {}, UnsupportedModelError, "linear attention"),
         ({"general.architecture": "qwen3vl"}, {}, UnsupportedModelError, "for images"),
-        ({"general.architecture": "llama"}, {}, UnsupportedModelError, "llama is not supported: qwen3.yaml is for"),
+        ({"general.architecture": "llama"}, {}, UnsupportedModelError, "'llama' is not supported: qwen3.yaml is for"),
         ({"general.architecture": None}, {}, ModelFileError, "general.architecture: the key is missing"),
         ({"qwen3.block_count": None}, {}, ModelFileError, "qwen3.block_count: the key is missing"),
         ({"qwen3.block_count": 0}, {}, ModelFileError, "qwen3.block_count: is 0, wanted a whole number from 1 to 1024"),

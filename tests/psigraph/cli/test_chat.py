@@ -47,12 +47,12 @@ def test_a_pipe_gets_answers_alone(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert first
     assert second
     notes = shown.err.splitlines()
-    assert "context of 128 tokens, greedy" in notes[1]
-    assert notes[2].startswith("[4 tokens, ")
-    assert "read 19 of 19; context 23 of 128; stopped at max_new_tokens]" in notes[2]
-    assert notes[3] == "max_new_tokens 2"
+    assert "context of 128 tokens, greedy" in notes[0]
+    assert notes[1].startswith("[4 tokens, ")
+    assert "read 19 of 19; context 23 of 128; stopped at max_new_tokens]" in notes[1]
+    assert notes[2] == "max_new_tokens 2"
     # The first turn and its answer are still in the cache; the answer's last token and the new turn are read.
-    assert "read 22 of 44;" in notes[4]
+    assert "read 22 of 44;" in notes[3]
 
 
 def test_a_script_makes_a_transcript(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

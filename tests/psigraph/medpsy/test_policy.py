@@ -134,8 +134,11 @@ def test_three_bits_and_fewer_need_the_override(tensors, size, rule):
         decide(tensors, size_label=size)
     message = str(refusal.value)
     assert tier_of(tensors) in message
-    assert "--allow-blocked-quantization" in message
+    assert "--allow-blocked-quantization" not in message  # no kernel reads them: that would be the next refusal
+    assert "medpsy" not in message
     assert "\n" not in message
+    with pytest.raises(PolicyRefusal, match=f"{rule} of the policy medpsy"):
+        decide(tensors, size_label=size, policy_active=True)
     admission = decide(tensors, size_label=size, allow_blocked=True)
     assert admission.overridden
     assert not admission.admitted
@@ -143,6 +146,12 @@ def test_three_bits_and_fewer_need_the_override(tensors, size, rule):
     assert "--allow-blocked-quantization" in admission.warnings[0]
     assert len(admission.warnings) == 2
     assert admission.record()["overridden"] is True
+
+
+def test_warnings_are_said_where_the_policy_is_active_and_recorded_everywhere():
+    other, ours = decide(a_file("q6_k")), decide(a_file("q6_k"), policy_active=True)
+    assert other.warnings == ours.warnings == ours.said
+    assert other.said == ()
 
 
 def test_the_override_is_recorded_only_where_it_was_needed():

@@ -25,6 +25,7 @@ class Counting:
     """A session whose model counts upwards: after token n comes n + 1. Its engine runs ahead, as a GPU's does."""
 
     backend, vocabulary, end_tokens, fed_at_once = "cuda", 256, (250,), 512
+    larger_context = ""
 
     def __init__(self, context: int = 64, chunk: int = 4) -> None:
         self.context, self.position, self.chunk = context, 0, chunk

@@ -159,9 +159,7 @@ def test_wrong_ids_and_wrong_text_are_refused(tokenizer):
     [
         ("model", None, "tokenizer.ggml.model is missing"),
         ("model", "llama", "tokenizer.ggml.model is 'llama'"),
-        ("pre", None, "tokenizer.ggml.pre is missing"),
         ("pre", "llama-bpe", "tokenizer.ggml.pre is 'llama-bpe'"),
-        ("pre", ["qwen2"], "tokenizer.ggml.pre is"),
         ("tokens", None, "tokenizer.ggml.tokens is missing"),
         ("merges", None, "tokenizer.ggml.merges is missing"),
     ],
@@ -187,7 +185,8 @@ def test_unsupported_tokenizers_are_refused_by_key(metadata, name, value, says):
         ("merges", lambda merges: ["a b c", *merges]),
         ("merges", lambda merges: [" a", *merges]),
         ("merges", lambda merges: ["absent also-absent", *merges]),
-        ("bos_token_id", lambda _: -1),
+        ("pre", lambda _: ["qwen2"]),
+        ("eos_token_id", lambda _: -1),
         ("bos_token_id", lambda _: "0"),
     ],
 )
