@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: help demo test slow mutants signals lowest lint gate pytest compiler clean
+.PHONY: help demo test slow fuzz mutants signals lowest lint gate pytest compiler clean
 
 help:
 	@echo "make demo     compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
@@ -22,6 +22,7 @@ help:
 	echo "make mutants  breaks a copy of the tree in ways that tests must notice; needs g++ and git, takes minutes"
 	echo "make signals  ends commands at 200 random moments and looks at what they leave; needs g++, takes minutes"
 	echo "make lowest   the tests with the lowest versions that pyproject.toml declares; needs g++ and a package index"
+	echo "make fuzz     wrong model files for SECONDS=240, none of which may bring more than one line"
 	echo "make lint     ruff and mypy"
 	echo "make gate     reports, claims and policy against each other"
 	echo "make clean    remove everything that make wrote"
@@ -37,6 +38,12 @@ pytest: compiler .venv/installed-dev
 # What takes minutes: unfused kernels under the sanitizers, every failure of every call of the driver.
 slow: compiler .venv/installed-dev
 	@$(VENV) -m pytest -q -n $(WORKERS) -m "slow and not gpu"
+
+# Model files with mistakes, through every stage; SEED=TEXT makes others than yesterday's.
+SECONDS ?= 240
+SEED ?= psigraph
+fuzz: .venv/installed-dev
+	@$(VENV) scripts/fuzz --seconds $(SECONDS) --seed '$(SEED)'
 
 # Tests that do not fail when the code is wrong prove nothing: scripts/mutants/mutants.toml.
 mutants: compiler .venv/installed-dev

@@ -28,7 +28,7 @@ def refuse_other_kinds(file: GgufFile) -> None:
     kind = metadata.get("general.type")
     if isinstance(kind, str) and kind in _TYPES:
         raise UnsupportedModelError(f"this is {_TYPES[kind]}")
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))  # it may be no text, which is refused later
     if "adapter.type" in metadata or any(name.endswith((".lora_a", ".lora_b")) for name in names):
         raise UnsupportedModelError(f"this is {_TYPES['adapter']}")
     if architecture == "clip" or any(name.startswith(("v.blk.", "mm.")) for name in names):
@@ -45,6 +45,6 @@ def refuse_other_kinds(file: GgufFile) -> None:
 def _pooled(metadata: Mapping[str, Any], architecture: object) -> str:
     """What a model is whose hidden states are pooled, "" for one whose are not."""
     pooling = metadata.get(f"{architecture}.pooling_type")
-    if f"{architecture}.classifier.output_labels" in metadata or pooling == _RANK:
+    if f"{architecture}.classifier.output_labels" in metadata or (type(pooling) is int and pooling == _RANK):
         return _RERANKER
     return _EMBEDDING if type(pooling) is int and pooling else ""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _U64 = struct.Struct("<Q")
+_AT_ONCE = 4096  # strings that an iterator decodes at once
 _STEPS = 64  # strings to walk one by one where the chain breaks, before numpy's places are looked at again
 
 
@@ -29,8 +30,9 @@ class StringArray(Sequence[str]):
 
     def __init__(self, data: bytes, lengths: NDArray[np.int64]) -> None:
         self._data = data
-        self._ends = np.cumsum(lengths + 8)
-        self._begins = self._ends - lengths
+        ends = np.cumsum(lengths + 8)
+        # There are a million of them at most, of less than 2**32 bytes; half the room lets a vocabulary be small.
+        self._ends, self._begins = ends.astype(np.uint32), (ends - lengths).astype(np.uint32)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -42,16 +44,16 @@ class StringArray(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return self._decoded(self._begins[index], self._ends[index])
-        return self._text(int(self._begins[index]), int(self._ends[index]))
+        return self._data[int(self._begins[index]) : int(self._ends[index])].decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._decoded(self._begins, self._ends))
+        for first in range(0, len(self), _AT_ONCE):
+            yield from self[first : first + _AT_ONCE]
 
-    def _decoded(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[str]:
-        return [self._text(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
-
-    def _text(self, begin: int, end: int) -> str:
-        return str(self._data[begin:end], "utf-8", "surrogateescape")
+    def _decoded(self, begins: NDArray[np.uint32], ends: NDArray[np.uint32]) -> list[str]:
+        data = self._data
+        places = zip(begins.tolist(), ends.tolist(), strict=True)
+        return [data[begin:end].decode("utf-8", "surrogateescape") for begin, end in places]
 
 
 def string_lengths(buffer: bytes, begin: int, most: int) -> tuple[NDArray[np.int64], int]:
