@@ -20,6 +20,7 @@ from .build import Model
 from .ir.errors import OutOfMemoryError, UsageError
 from .ir.graph import Graph
 from .ir.interpret import Interpreter
+from .runtime.decode import checked
 
 # float64 costs twice the memory traffic of float32: right for small models, where exactness is the point.
 MOST_ELEMENTS_IN_FLOAT64 = 1 << 28
@@ -155,8 +156,8 @@ class NumpyEngine:
         """Nothing is ever queued here."""
 
     def chosen(self) -> int:
-        """The token that the last step chose."""
-        return int(self._state["tokens"][0])
+        """The token that the last step chose; ModelFileError where its logits were not finite numbers."""
+        return next(checked(self._state["tokens"].tolist(), self.position - 1))[0]
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float[vocabulary] of this engine's dtype."""
@@ -177,12 +178,12 @@ class NumpyEngine:
                 f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
             )
         for first in range(0, count, chunk):
-            tokens = []
+            tokens: list[int] = []
             for index in range(first, min(first + chunk, count)):
                 if index:
                     self.step()
-                tokens.append(self.chosen())
-            yield tokens
+                tokens += self._state["tokens"].tolist()
+            yield from checked(tokens, self.position - len(tokens))
 
     def step_times(self, count: int) -> np.ndarray:
         """Microseconds of `count` further steps; float64[count]."""

@@ -18,7 +18,7 @@ from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, Us
 from ..ir.program import DECODE, PREFILL, Launch, LibraryProduct, Program
 from .cuda.compiler import CompiledKernel
 from .cuda.driver import Driver, HostMemory
-from .decode import Spare, replayed
+from .decode import Spare, checked, replayed
 from .library import Library
 from .measuring import Timings, read_bandwidth, step_times
 from .program import LoadedProgram
@@ -301,21 +301,19 @@ class Engine:
         return np.stack(rows)
 
     def chosen(self) -> int:
-        """The token that the last step chose; waits for it."""
+        """The token that the last step chose; waits for it. ModelFileError as `decode`."""
         out = np.empty(1, np.int32)
         self.synchronize()
-        self._stream.call("cuMemcpyDtoH", out.ctypes.data, self._log(self.position - 1), out.nbytes)
-        return int(out[0])
-
-    def _log(self, position: int) -> int:
-        """The address of a position's token in the log."""
-        return self._loaded.memory.address("log") + 4 * position
+        last = self.position - 1
+        self._stream.call("cuMemcpyDtoH", out.ctypes.data, self._loaded.memory.address("log") + 4 * last, out.nbytes)
+        return next(checked(out.tolist(), last))[0]
 
     def decode(self, count: int, chunk: int = CHUNK) -> Iterator[list[int]]:
         """`count` tokens in chunks, the first of them chosen by the step already queued by `feed`.
 
         Replays are queued ahead: while the host handles one chunk, the GPU is busy with
-        the next two. UsageError if the context cannot hold them.
+        the next two. UsageError if the context cannot hold them, ModelFileError, behind the tokens before it, for a
+        step whose logits are not finite numbers.
         """
         self._stream.check()
         if self.position + count - 1 > self.context:
@@ -323,7 +321,8 @@ class Engine:
                 f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
             )
         spare = self._spare.setdefault(chunk, [])
-        yield from replayed(self._stream, self.step, self._log(self.position - 1), count, chunk, spare)
+        log, position = self._loaded.memory.address("log"), self.position - 1
+        yield from replayed(self._stream, self.step, log, position, count, chunk, spare)
 
     # --- measuring ---
 
