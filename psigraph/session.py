@@ -336,7 +336,6 @@ class _Opener:
 
         options = self.options
         try:
-            driver.call("cuCtxSetCurrent", driver.context)
             facts = driver.facts()
             arch = "host" if backend == "host" else arch_of_capability(*facts.capability)
             # PSIGRAPH_HOST_CAPABILITY tries out other GPUs.
@@ -425,7 +424,6 @@ def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
             return None, str(error)
         raise
     try:
-        driver.call("cuCtxSetCurrent", driver.context)
         facts = driver.facts()
         if facts.name.startswith(STAND_IN_NAME):
             raise DeviceError("the stand-in driver is loaded in this process; use --backend host, or a new process")

@@ -382,7 +382,9 @@ class Engine:
     # --- ending ---
 
     def close(self) -> None:
-        """Wait, then free everything; a failure while freeing is not reported again."""
+        """Wait, then free everything; a failure while freeing is not reported again. A forked child frees nothing."""
+        if self.driver.forked:
+            return
         self._stream.settle()  # never destroy a graph that is running
         self._loaded.close()
         self._stream.close()

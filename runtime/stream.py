@@ -64,15 +64,14 @@ class Stream:
     def settle(self) -> None:
         """Wait without asking how it went: for memory that is about to be freed."""
         if self.handle is not None:
-            self.driver.api.cuStreamSynchronize(self.handle)
+            self.driver.give_back("cuStreamSynchronize", self.handle)
 
     def close(self) -> None:
         """Free everything; nothing may be running. A failure while freeing is not reported."""
-        api = self.driver.api
         for event in self._events:
-            api.cuEventDestroy(event)
+            self.driver.give_back("cuEventDestroy", event)
         for memory in self._pinned:
             memory.close()
         if self.handle is not None:
-            api.cuStreamDestroy(self.handle)
+            self.driver.give_back("cuStreamDestroy", self.handle)
         self.handle, self._events, self._pinned = None, [], []
