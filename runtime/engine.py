@@ -115,8 +115,8 @@ class Engine:
 
         With must_prefill UnsupportedModelError or OutOfMemoryError instead of False.
         """
+        self._stream.check()
         if not self._no_prefill and self.prefill is not None:
-            self._stream.check()
             maker, self.prefill = self.prefill, None
             try:
                 self._add_prefill(maker(self.program, self.compiled))
@@ -234,6 +234,7 @@ class Engine:
 
         UsageError for a name that is no constant of the program, another shape or another element type.
         """
+        self._stream.check()
         self._loaded.memory.set_constant(name, values)
 
     def rewind(self, position: int) -> None:
@@ -241,6 +242,7 @@ class Engine:
 
         Go on with `feed`. UsageError for a position that was not reached.
         """
+        self._stream.check()
         if not 0 <= position <= self.position:
             raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
         self.reset()
@@ -254,6 +256,7 @@ class Engine:
 
     def step(self) -> None:
         """Queue one decode step; it reads `tokens` and `positions` on the device."""
+        self._stream.check()
         if self.position >= self.context:
             raise UsageError(f"the context of {self.context} tokens is full; give a larger --ctx")
         self._loaded.run(DECODE)
@@ -286,6 +289,7 @@ class Engine:
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float32[vocabulary]; waits for it."""
+        self._stream.check()
         if self._logits is None:
             raise UsageError("this engine was built without logits")
         memory, name = self._loaded.memory, self._result("logits")
@@ -349,10 +353,12 @@ class Engine:
 
     def read(self, name: str) -> np.ndarray:
         """The bytes of a buffer, uint8; waits for everything queued."""
+        self._stream.check()
         return self._loaded.memory.read(name)
 
     def clear(self, name: str) -> None:
         """Zero a buffer, in order with the steps."""
+        self._stream.check()
         self._loaded.memory.clear(name)
 
     def read_bandwidth(self, repeats: int = 5) -> float:

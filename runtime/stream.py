@@ -8,6 +8,8 @@ from typing import Any
 from ..ir.errors import DeviceError, OutOfMemoryError, UsageError
 from .cuda.driver import Driver, HostMemory
 
+CLOSED = "this engine is closed; open another"
+
 
 class Stream:
     """Everything is queued on it. After a failure of `call` or `guarded`, or `give_up`, whatever follows is refused."""
@@ -24,7 +26,7 @@ class Stream:
         if self.failed:
             raise DeviceError(f"the GPU failed earlier in this process: {self.failed}")
         if self.handle is None:
-            raise UsageError("this engine is closed; open another")
+            raise UsageError(CLOSED)
 
     def give_up(self, error: DeviceError) -> None:
         """Refuse everything from here on."""

@@ -102,6 +102,7 @@ def command(
             policy=policy,
             warn=lambda warning: click.echo(f"psigraph: warning: {warning}", err=True),
             on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
+            reword=lambda error: None,
         )
     with opened:
         sampler.words(opened.vocabulary)  # says which token of a bias there is not
