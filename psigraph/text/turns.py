@@ -43,30 +43,38 @@ class Turns:
     def piece_of(self, text: Written[T]) -> T:
         """The next piece of a text, StopIteration behind the last; see `Written` for errors."""
         while True:
-            with self._changed:
-                self._wait(lambda: text.has_something)
-                if text.has_something:
-                    return text.taken()
-                begun = self._take(text)
+            mine = False  # said first, so that Ctrl-C at any place leaves the turn to others
             try:
+                with self._changed:
+                    self._wait(lambda: text.has_something)
+                    if text.has_something:
+                        return text.taken()
+                    mine = True
+                    begun = self._take(text)
                 (begun or text).compute()
+                begun = None  # which may be dropped by its reader meanwhile
             finally:
-                self._leave()
+                if mine:
+                    self._leave()
 
     @contextmanager
     def alone(self, finish: bool = True) -> Iterator[Written[Any] | None]:
         """With the model for oneself. finish: once the text that was begun is written; else that text is given."""
         while True:
-            with self._changed:
-                self._wait()
-                begun = self._take(None)
+            mine = False
             try:
+                with self._changed:
+                    self._wait()
+                    mine = True
+                    begun = self._take(None)
                 if begun is None or not finish:
                     yield begun
                     return
                 begun.compute()
+                begun = None
             finally:
-                self._leave()
+                if mine:
+                    self._leave()
 
     def _wait(self, unless: Callable[[], bool] = lambda: False) -> None:
         """Until nobody computes."""
@@ -138,7 +146,7 @@ class Written(ABC, Iterator[T], Generic[T]):
         except StopIteration:
             self.over = True
         except Exception as error:  # belongs to whom reads the text, not to whom waits for it
-            self.over, self._failed = True, error
+            self._failed, self.over = error, True  # in this order: a reader may look in between
         except BaseException:  # Ctrl-C: whoever computes hears it, and a text that it went through is torn
             self.end()
             raise
@@ -146,7 +154,7 @@ class Written(ABC, Iterator[T], Generic[T]):
     def end(self, failed: Exception | None = None) -> None:
         """End it early, by whom has the turn. failed: what who reads on shall hear."""
         if not self.over:
-            self.over, self._failed = True, failed
+            self._failed, self.over = failed, True
             self.pieces.close()
             self.was_ended()
         if failed is None:

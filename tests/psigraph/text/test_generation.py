@@ -160,6 +160,23 @@ def test_a_run_that_nobody_has_any_more_is_not_written() -> None:
     assert len(session.seen) == seen
 
 
+def test_a_run_that_is_dropped_while_another_waits_for_it_is_not_written_on() -> None:
+    decoding, session = decoder(chunk=1)
+    runs = [decoding.run([1], Limits(40))]
+    assert next(runs[0]) == 2
+    fine = session.decode
+
+    def dropping(count: int) -> Iterator[list[int]]:
+        for tokens in fine(count):
+            if len(session.seen) == 5:
+                runs.clear()
+            yield tokens
+
+    session.decode = dropping  # type: ignore[method-assign]
+    assert list(decoding.run([7], Limits(1))) == [8]
+    assert len(session.seen) == 5
+
+
 def test_an_error_is_heard_by_who_reads_the_run_and_once() -> None:
     decoding, session = decoder(chunk=1)
     fine = session.decode
