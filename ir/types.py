@@ -45,9 +45,11 @@ def quantize_i8x2(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     groups = np.asarray(values, dtype=np.float32).reshape(-1, I8X2_GROUP)
     amax = np.abs(groups).max(axis=1)
     # A subnormal amax would overflow 127/amax; such a group is as good as zero.
-    alive = amax >= np.finfo(np.float32).tiny * 128
+    alive = ~(amax < np.finfo(np.float32).tiny * 128)  # and what is no number stays none
     inverse = np.where(alive, np.float32(127) / np.where(alive, amax, np.float32(1)), np.float32(0))[:, None]
-    scaled = groups * inverse
+    with np.errstate(invalid="ignore"):
+        scaled = groups * inverse
+    scaled[np.isnan(scaled)] = 0  # its scale says it
     high = np.clip(np.rint(scaled), -127, 127).astype(np.float32)
     low = np.clip(np.rint((scaled - high) * np.float32(254)), -127, 127).astype(np.float32)
     scale = np.where(alive, amax * np.float32(1 / 32258), np.float32(0)).astype(np.float32)

@@ -68,18 +68,22 @@ def load(
     options   further ones of `psigraph.options.SessionOptions`: prefill, graph, disable, cache_dtype, on_load, ...
 
     What the policy says about the file comes as UserWarning. Errors are those of `psigraph.ir.errors`: ModelFileError,
-    UnsupportedModelError, PolicyRefusal, UsageError, DeviceError, OutOfMemoryError.
+    UnsupportedModelError, PolicyRefusal, UsageError, DeviceError, OutOfMemoryError; and TypeError.
     """
     from .api import LanguageModel
-    from .options import SessionOptions
+    from .arguments import in_own_words, session_options
 
-    return LanguageModel(
-        path,
-        SessionOptions(backend, device, ctx, kv_type=kv_type, sampling=sampling, outputs=tuple(outputs), **options),
-        allow_blocked_quantization=allow_blocked_quantization,
-        expect_sha256=expect_sha256,
-        policy=policy,
+    given = session_options(
+        options, backend=backend, device=device, ctx=ctx, kv_type=kv_type, sampling=sampling, outputs=outputs
     )
+    with in_own_words():
+        return LanguageModel(
+            path,
+            given,
+            allow_blocked_quantization=allow_blocked_quantization,
+            expect_sha256=expect_sha256,
+            policy=policy,
+        )
 
 
 def compile(
@@ -95,6 +99,7 @@ def compile(
     arches: such as "sm_90a"; none: this machine's GPU, or sm_90a. disable: passes to leave out. ctx: positions that
     the KV cache holds, kv_type: their type, "f16" or "q8". Errors are those of `psigraph.ir.errors`.
     """
+    from .arguments import in_own_words, texts, whole_or_none
     from .inspect.compilation import (
         compile_stages,
         default_target,
@@ -104,8 +109,10 @@ def compile(
         write_compilation,
     )
 
-    targets = [gpu_target(arch) for arch in arches] or [default_target()]
-    compilation = compile_stages(staged(source_of_file(path, ctx, kv_type), disable), targets)
-    if out is not None:
-        write_compilation(compilation, out)
+    named, left_out, positions = texts("arches", arches), texts("disable", disable), whole_or_none("ctx", ctx)
+    with in_own_words():
+        targets = [gpu_target(arch) for arch in named] or [default_target()]
+        compilation = compile_stages(staged(source_of_file(path, positions, kv_type), left_out), targets)
+        if out is not None:
+            write_compilation(compilation, out)
     return compilation

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
@@ -21,14 +22,15 @@ from typing import Any, overload
 
 import numpy as np
 
-from .ir.errors import PolicyRefusal, UsageError
+from .arguments import require, reword, texts, token_ids
+from .ir.errors import PolicyRefusal, PsigraphError, UsageError
 from .medpsy.artifact import admit_file
 from .medpsy.guard import Guard, guard_for
 from .medpsy.policy import Admission
 from .options import Progress, SessionOptions
 from .runtime.gguf.file import GgufFile
 from .runtime.tokenizer.bpe import Tokenizer
-from .session import Session, open_session
+from .session import Session, check_ids, open_session
 from .text.file_sampling import published_sampling
 from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
 from .text.prompt import BackgroundTokenizer
@@ -37,6 +39,7 @@ from .text.template import ChatTemplate, Message, check_messages
 
 LONG_PROMPT = 512
 """Tokens of the prompt that a model is made ready for."""
+CLOSED = "this model is closed; load it again"
 
 Warn = Callable[[str], None]
 
@@ -49,10 +52,11 @@ class LanguageModel:
     guard      the medical policy's guard where it is active, else None: requests that it refuses raise
                PolicyRefusal with its answer, and texts begin with its disclaimer.
 
-    One text at a time: asking for the next ends the one before. Not to be used from several threads at once.
+    It may be used from any number of threads and tasks: one text is written at a time, and a request that comes
+    meanwhile waits until that text is written, whether or not anybody reads it. After `close` every call raises
+    UsageError, as in a process that was forked. A model that nobody refers to any more is freed.
     """
 
-    session: Session
     admission: Admission
     guard: Guard | None
 
@@ -66,33 +70,44 @@ class LanguageModel:
         policy: str | None = None,
         warn: Warn | None = None,
         on_hash: Progress | None = None,
+        reword: Callable[[PsigraphError], None] = reword,
     ) -> None:
-        """See `psigraph.load`. options: without admit and check. warn: gets the policy's warnings; None: Python's."""
+        """See `psigraph.load`. options: without admit and check. warn: gets the policy's warnings; None: Python's.
+        reword: makes errors speak of parameters; a command has none, since its options are named."""
         if options.admit is not None or options.check is not None:
             raise TypeError("admit and check are the model's own")
+        if expect_sha256 is not None:
+            require("expect_sha256", expect_sha256, str, "64 hexadecimal digits")
+        require("path", path, (str, os.PathLike), "a string or a path")
         if policy not in (None, "medpsy"):
             raise UsageError(f"policy is {policy!r}; give 'medpsy', or None")
         self._path = path
         self._tokenizer = BackgroundTokenizer()
         self._template: ChatTemplate | None = None
+        self._reword = reword
+        admitted: list[Admission] = []  # no function that is kept may refer to the model: it would keep it
 
         def admit(file: GgufFile) -> None:
             # The digest of a file of gigabytes takes seconds, and only an expectation needs it here.
-            self.admission = admit_file(
-                file,
-                allow_blocked=allow_blocked_quantization,
-                expect_sha256=expect_sha256,
-                policy_active=policy is not None,
-                with_digest=False,
-                on_hash=on_hash,
-            )
+            admitted[:] = [
+                admit_file(
+                    file,
+                    allow_blocked=allow_blocked_quantization,
+                    expect_sha256=expect_sha256,
+                    policy_active=policy is not None,
+                    with_digest=False,
+                    on_hash=on_hash,
+                )
+            ]
 
         self._options = replace(options, admit=admit)
         try:
-            self._open(replace(self._options, check=self._tokenizer.start))
+            self._session: Session | None = self._opened(replace(self._options, check=self._tokenizer.start))
         except BaseException:
             self._tokenizer.close()
             raise
+        self.admission = admitted[0]
+        self._decoder = Decoder(self._session, reword=reword)
         self.guard = guard_for(self.admission)
         for warning in self.admission.said:
             if warn is None:
@@ -100,19 +115,27 @@ class LanguageModel:
             else:
                 warn(warning)
 
-    def _open(self, options: SessionOptions) -> None:
-        self.session = open_session(self._path, options)
+    def _opened(self, options: SessionOptions) -> Session:
+        session = open_session(self._path, options)
         try:
-            if self.session.backend == "cuda":  # elsewhere kernels take longer to compile than most prompts to run
-                self.session.expect_prompt(LONG_PROMPT)
+            if session.backend == "cuda":  # elsewhere kernels take longer to compile than most prompts to run
+                session.expect_prompt(LONG_PROMPT)
         except BaseException:
-            self.session.close()
+            session.close()
             raise
-        self._decoder = Decoder(self.session)
+        return session
 
-    def _have(self, *, sampling: bool = False, logits: bool = False) -> None:
-        """Loads the model anew, once, where a request needs what the loaded program leaves out."""
-        had = self._options
+    @property
+    def session(self) -> Session:
+        """Where it runs; UsageError once the model is closed, or in a forked child."""
+        self._decoder.turns.check()
+        if self._session is None:
+            raise UsageError(CLOSED)
+        return self._session
+
+    def _have(self, sampling: bool, logits: bool) -> None:
+        """Loads the model anew, once, where a request needs what the program leaves out; by whom has the turn."""
+        session, had = self.session, self._options
         if (sampling and not had.sampling) or (logits and "logits" not in had.outputs):
             self._options = replace(
                 had,
@@ -124,8 +147,10 @@ class LanguageModel:
                 on_compile=None,
             )
             self._tokenizer.wait()  # it reads the file that is about to be closed
-            self.session.close()
-            self._open(self._options)
+            self._session = None  # so that a model that cannot be loaded again says that it is closed
+            session.close()
+            self._session = self._decoder.session = self._opened(self._options)
+            self._decoder.forget()
 
     @property
     def context(self) -> int:
@@ -140,14 +165,16 @@ class LanguageModel:
     @property
     def tokenizer(self) -> Tokenizer:
         """The file's tokenizer; UnsupportedModelError if it is of a kind that psigraph does not know."""
-        return self._tokenizer.get()
+        with self._asked():
+            return self._tokenizer.get()
 
     @property
     def template(self) -> ChatTemplate:
         """The file's chat template; UnsupportedModelError if it has none."""
-        if self._template is None:
-            self._template = ChatTemplate.of_file(self.session.model.file)
-        return self._template
+        with self._asked() as session:
+            if self._template is None:
+                self._template = ChatTemplate.of_file(session.model.file)
+            return self._template
 
     @cached_property
     def published_sampling(self) -> dict[str, Any]:
@@ -156,11 +183,15 @@ class LanguageModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; special tokens that it spells out become theirs."""
-        return self.tokenizer.encode(text)
+        require("text", text, str, "a string")
+        with self._asked():
+            return self.tokenizer.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
-        return self.tokenizer.decode(ids)
+        given = token_ids("ids", ids)
+        with self._asked():
+            return self.tokenizer.decode(given)
 
     @overload
     def generate(
@@ -201,14 +232,16 @@ class LanguageModel:
         (an empty prompt, one that the context does not hold, ...), PolicyRefusal where the guard refuses.
         """
         limits = self._limits(max_new_tokens, sampling, logprobs=logprobs)
-        if isinstance(prompt, str):
-            self.ask_guard([{"role": "user", "content": prompt}])
-            return self._text(self.tokenizer.encode(prompt, self.context), limits, stop)
-        if stop:
-            raise UsageError("stop looks for text; it does not go with token ids")
-        if self.guard is not None:
-            self.ask_guard([{"role": "user", "content": self.decode(prompt)}])
-        return self._decoder.run(list(prompt), limits)
+        with self._asked() as session:
+            if isinstance(prompt, str):
+                self.ask_guard([{"role": "user", "content": prompt}])
+                return self._text(self.tokenizer.encode(prompt, session.context), limits, stop)
+            ids = token_ids("prompt", prompt, "a text, or a list of token ids")
+            if stop:
+                raise UsageError("stop looks for text; it does not go with token ids")
+            if self.guard is not None:
+                self.ask_guard([{"role": "user", "content": self.decode(ids)}])
+            return self._run(ids, limits)
 
     def chat(
         self,
@@ -228,16 +261,20 @@ class LanguageModel:
         sampling   as for `generate`, beside what the file asks for (`published_sampling`).
         The rest, and what is raised, as for `generate`; also ModelFileError for a template that is broken.
         """
-        check_messages(messages)
+        require("messages", messages, Sequence, "a list of messages")
+        if thinking is not None:
+            require("thinking", thinking, bool, "True, False or None")
         limits = self._limits(max_new_tokens, {**self.published_sampling, **sampling}, cancelled)
-        self.ask_guard(messages)
-        ids = self.tokenizer.encode(self.template.render(messages, thinking), self.context)
-        if len(ids) > self.context:
-            raise UsageError(
-                f"the conversation has {len(ids):,} tokens, the context holds {self.context:,}: begin anew "
-                f"(/reset in a chat){self.session.larger_context}"
-            )
-        return self._text(ids, limits, stop)
+        with self._asked() as session:
+            check_messages(messages)
+            self.ask_guard(messages)
+            ids = self.tokenizer.encode(self.template.render(messages, thinking), session.context)
+            if len(ids) > session.context:
+                raise UsageError(
+                    f"the conversation has {len(ids):,} tokens, the context holds {session.context:,}: begin anew "
+                    f"(/reset in a chat){session.larger_context}"
+                )
+            return self._text(ids, limits, stop)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`: float[len(ids), vocabulary], row i for the token that follows ids[i].
@@ -246,10 +283,14 @@ class LanguageModel:
         151,936 takes 0.6 MB. The first call loads the model anew unless it was loaded with outputs=("logits",).
         UsageError for no ids, one outside the vocabulary, or more than the context holds.
         """
-        self._have(logits=True)
-        self._decoder.forget()
-        self.session.reset()
-        return self.session.forced_logits(list(ids))
+        given = token_ids("ids", ids)
+        with self._asked() as session:
+            check_ids(given, session.vocabulary)
+            with self._decoder.turns.alone():
+                self._have(sampling=False, logits=True)
+                self._decoder.forget()
+                self.session.reset()
+                return self.session.forced_logits(given)
 
     def _limits(
         self,
@@ -259,14 +300,27 @@ class LanguageModel:
         logprobs: int | None = None,
     ) -> Limits:
         sampler = sampler_settings(sampling)
-        limits = Limits(max_new_tokens, sampler, logprobs=logprobs, cancelled=cancelled or (lambda: False))
-        self._have(sampling=not sampler.greedy, logits=logprobs is not None)
-        return limits
+        return Limits(
+            max_new_tokens, sampler, logprobs=logprobs, cancelled=(lambda: False) if cancelled is None else cancelled
+        )
+
+    @contextmanager
+    def _asked(self) -> Iterator[Session]:
+        """The session, for a call: open, and in words of the caller's."""
+        try:
+            yield self.session
+        except PsigraphError as error:
+            self._reword(error)
+            raise
+
+    def _run(self, ids: Sequence[int], limits: Limits) -> TokenRun:
+        return self._decoder.run(ids, limits, self._ready)
+
+    def _ready(self, limits: Limits) -> None:
+        self._have(sampling=not limits.sampler.greedy, logits=limits.logprobs is not None)
 
     def _text(self, ids: Sequence[int], limits: Limits, stop: Sequence[str]) -> TextRun:
-        if isinstance(stop, str):
-            raise UsageError("stop is one string; give a list of strings")
-        return TextRun(self._decoder.run(ids, limits), self.tokenizer, stop, self.guard)
+        return TextRun(self._run(ids, limits), self.tokenizer, texts("stop", stop), self.guard)
 
     def ask_guard(self, messages: Sequence[Message]) -> None:
         """PolicyRefusal for the first of the user's or the system's messages that the guard refuses.
@@ -286,9 +340,17 @@ class LanguageModel:
             previous = message["content"] if asked else previous
 
     def close(self) -> None:
-        """Free everything; a second call does nothing."""
-        self._tokenizer.close()
-        self.session.close()
+        """Free everything; who reads a text that is not over hears why it ends. A second call does nothing."""
+        session = self._session
+        if session is None or session.forked:
+            return
+        with self._decoder.turns.alone(finish=False) as begun:
+            session, self._session = self._session, None
+            if begun is not None:
+                begun.end(UsageError(CLOSED))
+            if session is not None:
+                self._tokenizer.close()
+                session.close()
 
     def __enter__(self) -> LanguageModel:
         return self

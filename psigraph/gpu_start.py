@@ -35,7 +35,7 @@ class GpuStart:
         self._pool.shutdown(wait=False)
 
     def take(self) -> Driver:
-        """The driver, whose context is to be made current in the thread that uses it; DeviceError if none works."""
+        """The driver; DeviceError if none works."""
         assert self._driver is not None, "a driver has one owner"
         driver, self._driver = self._driver, None
         return driver.result()
@@ -59,7 +59,7 @@ class GpuStart:
 
 
 def start_driver(device: int) -> Driver:
-    """The driver's context, made in this thread; whoever uses it makes it current elsewhere."""
+    """A GPU's driver."""
     from .runtime.cuda.driver import Driver
 
     return Driver(device)

@@ -20,6 +20,8 @@ from .build import Model
 from .ir.errors import OutOfMemoryError, UsageError
 from .ir.graph import Graph
 from .ir.interpret import Interpreter
+from .runtime.decode import checked
+from .runtime.stream import CLOSED
 
 # float64 costs twice the memory traffic of float32: right for small models, where exactness is the point.
 MOST_ELEMENTS_IN_FLOAT64 = 1 << 28
@@ -69,6 +71,7 @@ class NumpyEngine:
         self.context = graph.param("log").type.shape[1]
         self.has_logits = any(name == "logits" for name, _ in graph.results)
         self.position = 0
+        self._closed = False
         self.timings = NumpyTimings()
         self._machine = Interpreter(self.dtype, cache_dtype, exact_activations=True, in_place_cache=True)
         self._end_tokens = list(end_tokens)
@@ -102,6 +105,7 @@ class NumpyEngine:
 
     def reset(self) -> None:
         """Back to position 0; the cache's old contents are never read again."""
+        self._check()
         for name in ("tokens", "positions", "stop"):
             self._state[name] = np.zeros(1, np.int32)
         slots = self._state["end_tokens"]
@@ -115,6 +119,7 @@ class NumpyEngine:
 
         UsageError for a position that was not reached.
         """
+        self._check()
         if not 0 <= position <= self.position:
             raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
         self.reset()
@@ -123,6 +128,7 @@ class NumpyEngine:
 
     def set_constant(self, name: str, values: np.ndarray) -> None:
         """New contents of a constant, from the next step on; UsageError for a name that is none, or another shape."""
+        self._check()
         param = next((param for param in self.graph.params if param.kind == "constant" and param.name == name), None)
         if param is None or values.shape != param.type.shape:
             raise UsageError(f"the graph {self.graph.name} has no constant {name} of shape {list(values.shape)}")
@@ -130,6 +136,7 @@ class NumpyEngine:
 
     def step(self) -> None:
         """One decode step."""
+        self._check()
         if self.position >= self.context:
             raise UsageError(f"the context of {self.context} tokens is full; give a larger --ctx")
         with np.errstate(all="ignore"):  # what is no number is told of by the choice, once, and not by numpy
@@ -141,6 +148,7 @@ class NumpyEngine:
 
     def feed(self, ids: Sequence[int], on_step: Callable[[int], None] | None = None) -> None:
         """One step for each id; the last step's choice is the first generated token."""
+        self._check()
         if self.position + len(ids) > self.context:
             raise UsageError(
                 f"{len(ids)} tokens from position {self.position} exceed the context of {self.context}; "
@@ -156,11 +164,13 @@ class NumpyEngine:
         """Nothing is ever queued here."""
 
     def chosen(self) -> int:
-        """The token that the last step chose."""
-        return int(self._state["tokens"][0])
+        """The token that the last step chose; ModelFileError where its logits were not finite numbers."""
+        self._check()
+        return next(checked(self._state["tokens"].tolist(), self.position - 1))[0]
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float[vocabulary] of this engine's dtype."""
+        self._check()
         if self._logits is None:
             raise UsageError("this engine was built without logits")
         return np.asarray(self._logits[0])
@@ -177,17 +187,18 @@ class NumpyEngine:
 
     def decode(self, count: int, chunk: int = 1) -> Iterator[list[int]]:
         """`count` tokens in chunks, the first of them chosen by the last step of `feed`."""
+        self._check()
         if self.position + count - 1 > self.context:
             raise UsageError(
                 f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
             )
         for first in range(0, count, chunk):
-            tokens = []
+            tokens: list[int] = []
             for index in range(first, min(first + chunk, count)):
                 if index:
                     self.step()
-                tokens.append(self.chosen())
-            yield tokens
+                tokens += self._state["tokens"].tolist()
+            yield from checked(tokens, self.position - len(tokens))
 
     def step_times(self, count: int) -> np.ndarray:
         """Microseconds of `count` further steps; float64[count]."""
@@ -200,7 +211,12 @@ class NumpyEngine:
 
     def close(self) -> None:
         """Let the weights and caches go."""
-        self._weights, self._state = {}, {}
+        self._weights, self._state, self._closed = {}, {}, True
+
+    def _check(self) -> None:
+        """UsageError once it is closed."""
+        if self._closed:
+            raise UsageError(CLOSED)
 
 
 def dequantized(model: Model, name: str, dtype: type[np.floating[Any]]) -> np.ndarray:

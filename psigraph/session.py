@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,7 +77,8 @@ class DecodeEngine(Protocol):
 
 @dataclass
 class Session:
-    """A loaded model. Made by `open_session`; close it, or use it in a `with` statement.
+    """A loaded model. Made by `open_session`; close it, or use it in a `with` statement. One that nobody refers to
+    closes itself. Any thread may use it, but one at a time (`psigraph.text.turns`).
 
     backend    "cuda", "host" or "cpu": what it runs on, never "auto".
     program    what the GPU or the stand-in runs; None in numpy.
@@ -95,6 +98,16 @@ class Session:
     device_facts: DeviceFacts | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._process = os.getpid()
+        self._free = weakref.finalize(self, _free, self.engine, self.driver, self.model)
+        self._free.atexit = False  # the system does that; and a forked child ends, too
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child that was forked from the process that opened it."""
+        return os.getpid() != self._process
 
     @property
     def label(self) -> str:
@@ -132,16 +145,21 @@ class Session:
         """Whether tokens can be drawn; else the likeliest is taken, which is faster."""
         return any(param.name == SAMPLER for param in self.graph.params)
 
+    def check_sampler(self, settings: SamplerSettings, may_change: bool = False) -> None:
+        """UsageError for settings that the vocabulary does not allow, and for any but greedy ones in a session that was
+        opened without sampling=True, unless another will take its place (may_change)."""
+        settings.words(self.vocabulary)
+        if not (self.samples or settings.greedy or may_change):
+            raise UsageError("this session takes the likeliest token; open it with sampling=True to draw others")
+
     def set_sampler(self, settings: SamplerSettings) -> None:
         """How the steps from here on draw their tokens, the one after the last id of the next `feed` first.
 
-        UsageError for settings that the vocabulary does not allow, and for any but greedy ones in a session that was
-        opened without sampling=True.
+        UsageError as from `check_sampler`.
         """
+        self.check_sampler(settings)
         if self.samples:
             self.engine.set_constant(SAMPLER, settings.words(self.vocabulary))
-        elif not settings.greedy:
-            raise UsageError("this session takes the likeliest token; open it with sampling=True to draw others")
 
     @property
     def prefill(self) -> str:
@@ -206,10 +224,7 @@ class Session:
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""
-        self.engine.close()
-        if self.driver is not None:
-            self.driver.close()
-        self.model.file.close()
+        self._free()
 
     def __enter__(self) -> Session:
         return self
@@ -218,6 +233,13 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _free(engine: DecodeEngine, driver: Driver | None, model: Model) -> None:
+    engine.close()
+    if driver is not None:
+        driver.close()
+    model.file.close()
 
 
 def open_session(path: str | os.PathLike[str], options: SessionOptions = DEFAULTS) -> Session:
@@ -291,11 +313,14 @@ def vocabulary_of(model: Model) -> int:
 
 
 def check_ids(ids: Sequence[int], vocabulary: int, named: str = "") -> None:
-    """UsageError for an empty prompt or an id outside the vocabulary. named: the option that gave the ids."""
+    """UsageError for an empty prompt or an id outside the vocabulary, TypeError for one that is no whole number. named:
+    the option that gave the ids."""
     begin = f"{named}: " if named else ""
-    if not ids:
+    if not len(ids):
         raise UsageError(f"{begin}the prompt is empty: give at least one token")
     for token in ids:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise TypeError(f"{begin}token id {token!r} is no whole number")
         if not 0 <= token < vocabulary:
             raise UsageError(f"{begin}token id {token} is outside the vocabulary; ids are 0 to {vocabulary - 1}")
 
@@ -345,7 +370,6 @@ class _Opener:
 
         options = self.options
         try:
-            driver.call("cuCtxSetCurrent", driver.context)
             facts = driver.facts()
             arch = "host" if backend == "host" else arch_of_capability(*facts.capability)
             # PSIGRAPH_HOST_CAPABILITY tries out other GPUs.
@@ -457,7 +481,6 @@ def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
             return None, str(error)
         raise
     try:
-        driver.call("cuCtxSetCurrent", driver.context)
         facts = driver.facts()
         if facts.name.startswith(STAND_IN_NAME):
             raise DeviceError("the stand-in driver is loaded in this process; use --backend host, or a new process")

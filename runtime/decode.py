@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..ir.errors import ModelFileError
 from .cuda.driver import HostMemory
 from .stream import Stream
 
@@ -28,13 +29,29 @@ class _Chunk:
 Spare = list[tuple[Any, HostMemory]]
 
 
+def checked(tokens: list[int], position: int) -> Iterator[list[int]]:
+    """The tokens that steps from a position on chose, as far as there was one to choose.
+
+    ModelFileError where the logits were not finite numbers: such a step leaves -1 in the log (`ir/ops/choice.py`).
+    """
+    there = tokens.index(-1) if -1 in tokens else len(tokens)
+    if there:
+        yield tokens[:there]
+    if there < len(tokens):
+        raise ModelFileError(
+            f"no token can be chosen at position {position + there}: from there on the logits are not finite numbers; "
+            "the file's weights are damaged, or too large for the arithmetic"
+        )
+
+
 def replayed(
-    stream: Stream, step: Callable[[], None], log: int, count: int, chunk: int, spare: Spare
+    stream: Stream, step: Callable[[], None], log: int, position: int, count: int, chunk: int, spare: Spare
 ) -> Iterator[list[int]]:
     """`count` tokens in chunks, the first of them chosen by the step that is queued already; see `Engine.decode`.
 
-    step: queues one more. log: the address of the first token in the log. spare: events and page-locked memory of
-    chunks of this size that are not in use, kept from call to call: what the stream makes lives as long as it does.
+    step: queues one more. log: where it lies. position: of the step that chose the first token. spare: events and
+    page-locked memory of chunks of this size that are not in use, kept from call to call: what the stream makes lives
+    as long as it does.
     """
     waiting: deque[_Chunk] = deque()
     queued, steps = 0, 0
@@ -46,7 +63,7 @@ def replayed(
                     step()
                     steps += 1
                 event, memory = spare.pop() if spare else (stream.event(), stream.pinned(chunk * 4))
-                stream.call("cuMemcpyDtoHAsync", memory.address, log + 4 * queued, size * 4, stream.handle)
+                stream.call("cuMemcpyDtoHAsync", memory.address, log + 4 * (position + queued), size * 4, stream.handle)
                 stream.call("cuEventRecord", event, stream.handle)
                 waiting.append(_Chunk(queued, size, event, memory))
                 queued += size
@@ -54,7 +71,7 @@ def replayed(
             stream.call("cuEventSynchronize", ready.event)
             tokens = np.frombuffer(ready.memory.view, dtype=np.int32)[: ready.count].tolist()
             spare.append((ready.event, ready.memory))
-            yield tokens
+            yield from checked(tokens, position + ready.first)
     finally:
         if waiting:  # the consumer left early: nothing may write to freed memory
             stream.settle()

@@ -18,7 +18,7 @@ from ..ir.errors import DeviceError, OutOfMemoryError, UnsupportedModelError, Us
 from ..ir.program import DECODE, PREFILL, Launch, LibraryProduct, Program
 from .cuda.compiler import CompiledKernel
 from .cuda.driver import Driver, HostMemory
-from .decode import Spare, replayed
+from .decode import Spare, checked, replayed
 from .half_range import check_half_range, not_held
 from .library import Library
 from .measuring import Timings, read_bandwidth, step_times
@@ -117,8 +117,8 @@ class Engine:
 
         With must_prefill UnsupportedModelError or OutOfMemoryError instead of False.
         """
+        self._stream.check()
         if not self._no_prefill and self.prefill is not None:
-            self._stream.check()
             maker, self.prefill = self.prefill, None
             try:
                 self._add_prefill(maker(self.program, self.compiled))
@@ -264,6 +264,7 @@ class Engine:
 
         UsageError for a name that is no constant of the program, another shape or another element type.
         """
+        self._stream.check()
         self._loaded.memory.set_constant(name, values)
 
     def rewind(self, position: int) -> None:
@@ -271,6 +272,7 @@ class Engine:
 
         Go on with `feed`. UsageError for a position that was not reached.
         """
+        self._stream.check()
         if not 0 <= position <= self.position:
             raise UsageError(f"position {position} was not reached; positions are 0 to {self.position}")
         self.reset()
@@ -284,6 +286,7 @@ class Engine:
 
     def step(self) -> None:
         """Queue one decode step; it reads `tokens` and `positions` on the device."""
+        self._stream.check()
         if self.position >= self.context:
             raise UsageError(f"the context of {self.context} tokens is full; give a larger --ctx")
         self._loaded.run(DECODE)
@@ -323,6 +326,7 @@ class Engine:
 
     def logits_view(self) -> np.ndarray:
         """The same where they came to the host, read-only: the next call overwrites it, closing frees it."""
+        self._stream.check()
         if self._logits is None:
             raise UsageError("this engine was built without logits")
         memory, name = self._loaded.memory, self._result("logits")
@@ -340,21 +344,19 @@ class Engine:
         return found
 
     def chosen(self) -> int:
-        """The token that the last step chose; waits for it."""
+        """The token that the last step chose; waits for it. ModelFileError as `decode`."""
         out = np.empty(1, np.int32)
         self.synchronize()
-        self._stream.call("cuMemcpyDtoH", out.ctypes.data, self._log(self.position - 1), out.nbytes)
-        return int(out[0])
-
-    def _log(self, position: int) -> int:
-        """The address of a position's token in the log."""
-        return self._loaded.memory.address("log") + 4 * position
+        last = self.position - 1
+        self._stream.call("cuMemcpyDtoH", out.ctypes.data, self._loaded.memory.address("log") + 4 * last, out.nbytes)
+        return next(checked(out.tolist(), last))[0]
 
     def decode(self, count: int, chunk: int = CHUNK) -> Iterator[list[int]]:
         """`count` tokens in chunks, the first of them chosen by the step already queued by `feed`.
 
         Replays are queued ahead: while the host handles one chunk, the GPU is busy with
-        the next two. UsageError if the context cannot hold them.
+        the next two. UsageError if the context cannot hold them, ModelFileError, behind the tokens before it, for a
+        step whose logits are not finite numbers.
         """
         self._stream.check()
         if self.position + count - 1 > self.context:
@@ -362,7 +364,8 @@ class Engine:
                 f"{count} tokens after {self.position} exceed the context of {self.context}; give a larger --ctx"
             )
         spare = self._spare.setdefault(chunk, [])
-        yield from replayed(self._stream, self.step, self._log(self.position - 1), count, chunk, spare)
+        log, position = self._loaded.memory.address("log"), self.position - 1
+        yield from replayed(self._stream, self.step, log, position, count, chunk, spare)
 
     # --- measuring ---
 
@@ -389,10 +392,12 @@ class Engine:
 
     def read(self, name: str) -> np.ndarray:
         """The bytes of a buffer, uint8; waits for everything queued."""
+        self._stream.check()
         return self._loaded.memory.read(name)
 
     def clear(self, name: str) -> None:
         """Zero a buffer, in order with the steps."""
+        self._stream.check()
         self._loaded.memory.clear(name)
 
     def read_bandwidth(self, repeats: int = 5) -> float:
@@ -422,7 +427,9 @@ class Engine:
     # --- ending ---
 
     def close(self) -> None:
-        """Wait, then free everything; a failure while freeing is not reported again."""
+        """Wait, then free everything; a failure while freeing is not reported again. A forked child frees nothing."""
+        if self.driver.forked:
+            return
         self._stream.settle()  # never destroy a graph that is running
         self._loaded.close()
         self._stream.close()

@@ -81,7 +81,7 @@ class Memory:
             del self._buffers[name], self._address[name]
             if before is not None:
                 self._buffers[name], self._address[name] = before
-        self._stream.driver.api.cuMemFree(arena)
+        self._stream.driver.give_back("cuMemFree", arena)
 
     def write(self, name: str, values: np.ndarray) -> None:
         """Fill a buffer now; nothing queued may read it."""
@@ -124,5 +124,5 @@ class Memory:
     def close(self) -> None:
         """Free everything; nothing may be running."""
         for arena in self._arenas:
-            self._stream.driver.api.cuMemFree(arena)
+            self._stream.driver.give_back("cuMemFree", arena)
         self._arenas, self._buffers, self._address = {}, {}, {}

@@ -38,14 +38,14 @@ class LoadedProgram:
             self._load_modules(program, compiled)
         except BaseException:
             for name in self._modules.keys() - before.keys():
-                self.stream.driver.api.cuModuleUnload(self._modules[name][0])
+                self.stream.driver.give_back("cuModuleUnload", self._modules[name][0])
             self._modules = before
             if arena is not None:
                 self.memory.give_back(arena)
             raise
         for name in before:
             if name not in compiled or before[name] is not self._modules[name]:
-                self.stream.driver.api.cuModuleUnload(before[name][0])  # all that was asked for is there
+                self.stream.driver.give_back("cuModuleUnload", before[name][0])  # all that was asked for is there
                 if name not in compiled:
                     del self._modules[name]
         self.program, self.compiled = program, dict(compiled)
@@ -145,13 +145,13 @@ class LoadedProgram:
 
     def close(self) -> None:
         """Free everything; nothing may be running. A failure while freeing is not reported."""
-        api = self.stream.driver.api
+        give_back = self.stream.driver.give_back
         for graph, executable in self._captured.values():
-            api.cuGraphExecDestroy(executable)
-            api.cuGraphDestroy(graph)
+            give_back("cuGraphExecDestroy", executable)
+            give_back("cuGraphDestroy", graph)
         self.memory.close()
         for module, _, _ in self._modules.values():
-            api.cuModuleUnload(module)
+            give_back("cuModuleUnload", module)
         self.close_library()
         self._captured, self._modules = {}, {}
 
@@ -172,11 +172,11 @@ def captured(stream: Stream, launch_all: Callable[[], None]) -> tuple[Any, Any]:
     except BaseException:
         _, unfinished = driver.api.cuStreamEndCapture(stream.handle)
         if unfinished:
-            driver.api.cuGraphDestroy(unfinished)
+            driver.give_back("cuGraphDestroy", unfinished)
         raise
     graph = driver.call("cuStreamEndCapture", stream.handle)
     try:
         return graph, driver.call("cuGraphInstantiate", graph, 0)
     except BaseException:
-        driver.api.cuGraphDestroy(graph)
+        driver.give_back("cuGraphDestroy", graph)
         raise

@@ -8,6 +8,8 @@ from typing import Any
 from ..ir.errors import DeviceError, OutOfMemoryError, UsageError
 from .cuda.driver import Driver, HostMemory
 
+CLOSED = "this engine is closed; open another"
+
 
 class Stream:
     """Everything is queued on it. After a failure of `call` or `guarded`, or `give_up`, whatever follows is refused."""
@@ -24,7 +26,7 @@ class Stream:
         if self.failed:
             raise DeviceError(f"the GPU failed earlier in this process: {self.failed}")
         if self.handle is None:
-            raise UsageError("this engine is closed; open another")
+            raise UsageError(CLOSED)
 
     def give_up(self, error: DeviceError) -> None:
         """Refuse everything from here on."""
@@ -64,15 +66,14 @@ class Stream:
     def settle(self) -> None:
         """Wait without asking how it went: for memory that is about to be freed."""
         if self.handle is not None:
-            self.driver.api.cuStreamSynchronize(self.handle)
+            self.driver.give_back("cuStreamSynchronize", self.handle)
 
     def close(self) -> None:
         """Free everything; nothing may be running. A failure while freeing is not reported."""
-        api = self.driver.api
         for event in self._events:
-            api.cuEventDestroy(event)
+            self.driver.give_back("cuEventDestroy", event)
         for memory in self._pinned:
             memory.close()
         if self.handle is not None:
-            api.cuStreamDestroy(self.handle)
+            self.driver.give_back("cuStreamDestroy", self.handle)
         self.handle, self._events, self._pinned = None, [], []

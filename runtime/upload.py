@@ -52,9 +52,9 @@ class _Slab:
 
     def close(self) -> None:
         if self.event is not None:
-            self.driver.api.cuEventDestroy(self.event)
+            self.driver.give_back("cuEventDestroy", self.event)
         if self.device:
-            self.driver.api.cuMemFree(self.device)
+            self.driver.give_back("cuMemFree", self.device)
         if self.host is not None:
             self.host.close()
 
@@ -102,7 +102,7 @@ def upload_weights(
                         progress(done, total)
         driver.call("cuStreamSynchronize", stream)
     except BaseException:
-        driver.api.cuStreamSynchronize(stream)  # copies may still read the slabs
+        driver.give_back("cuStreamSynchronize", stream)  # copies may still read the slabs
         raise
     finally:
         for slab in slabs:

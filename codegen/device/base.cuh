@@ -253,19 +253,30 @@ DEVICE float lanes_max(float value, int width) {
     return value;
 }
 
-// Largest of a warp. As integers, floats below zero order the other way round.
+// Largest of a warp. As integers, floats below zero order the other way round, and what is no number is larger than all.
 #ifdef PSIGRAPH_HOST
-DEVICE float warp_max(float value) { return lanes_max(value, 32); }
+DEVICE int lanes_max(int value, int width) {
+    for (int d = width >> 1; d; d >>= 1) {
+        const int other = __shfl_xor_sync(FULL_WARP, value, d);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+DEVICE int warp_max(int value) { return lanes_max(value, 32); }
 #else
-DEVICE float warp_max(float value) {
-    int bits = (int)float_to_bits(value), largest;
-    asm("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(bits ^ ((bits >> 31) & 0x7fffffff)));
-    return bits_to_float((u32)(largest ^ ((largest >> 31) & 0x7fffffff)));
+DEVICE int warp_max(int value) {
+    int largest;
+    asm("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(largest) : "r"(value));
+    return largest;
 }
 #endif
+DEVICE float warp_max(float value) {
+    const int bits = (int)float_to_bits(value), largest = warp_max(bits ^ ((bits >> 31) & 0x7fffffff));
+    return bits_to_float((u32)(largest ^ ((largest >> 31) & 0x7fffffff)));
+}
 // Over each half of the warp; no float below zero. Two instructions of the whole warp take less time than four shuffles.
 #ifdef PSIGRAPH_HOST
-DEVICE float half_warp_max(float value) { return lanes_max(value, 16); }
+DEVICE float half_warp_max(float value) { return bits_to_float((u32)lanes_max((int)float_to_bits(value), 16)); }
 DEVICE int half_warp_sum(int value) { return lanes_sum(value, 16); }
 #else
 DEVICE float half_warp_max(float value) {
@@ -284,13 +295,19 @@ DEVICE int half_warp_sum(int value) {
 }
 #endif
 
-// A key that orders by value, then by lowest index; a number that is not one counts as lowest of all.
+// A key that orders by value, then by lowest index. A number that is not one counts as highest of all, so that it is
+// noticed wherever it stands.
 DEVICE u64 choice_key(float value, int index) {
     u32 bits = float_to_bits(value);
-    bits = value == value ? ((bits & 0x80000000u) ? ~bits : bits | 0x80000000u) : 0u;
+    bits = value == value ? ((bits & 0x80000000u) ? ~bits : bits | 0x80000000u) : 0xffffffffu;
     return ((u64)bits << 32) | (0xffffffffu - (u32)index);
 }
 DEVICE int choice_index(u64 key) { return (int)(0xffffffffu - (u32)key); }
+// Whether the number of a key is finite: 0x007fffff is minus infinity, 0xff800000 infinity.
+DEVICE bool choice_is_finite(u64 key) { return (u32)(key >> 32) - 0x00800000u < 0xff000000u; }
+// The token of the largest key; -1 where its number is not finite: an embedding takes that for token 0, so that steps
+// that are queued already do no harm, and the host makes an error of it.
+DEVICE int chosen_token(u64 key) { return choice_is_finite(key) ? choice_index(key) : -1; }
 
 // The state moves on by one token; one thread of the step calls it.
 DEVICE void move_on(int chosen, int* token, int* log, const int* end_tokens, int* stop, int* position) {

@@ -159,7 +159,7 @@ template <int HEAD_DIM> struct Q8 {
         for_each<GROUPS>([&](auto group) {
             const int column = group.index * 32 + lane;
             const float value = column < HEAD_DIM ? row.floats[column] : 0.0f;
-            const float amax = lanes_max(fabsf(value), 32);
+            const float amax = warp_max(fabsf(value));  // what is no number is larger than all
             const float inverse = amax >= 1.50463277e-36f ? divide(127.0f, amax) : 0.0f;  // as in `store_activations`
             const int place = (column & ~15) | (column & 7) << 1 | (column >> 3 & 1);
             if (column < HEAD_DIM) row.bytes[place] = (u8)(128 + round_to_int(value * inverse));

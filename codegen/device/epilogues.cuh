@@ -167,7 +167,7 @@ template <class LOGITS> struct Choose {
             const u32 finished = atomicAdd((u32*)(best + 1), 1u);
             if (finished == BLOCK::BLOCKS - 1) {
                 __threadfence();
-                const int chosen = choice_index(atomicExch(best, 0ull));
+                const int chosen = chosen_token(atomicExch(best, 0ull));
                 *(u32*)(best + 1) = 0u;
                 move_on(chosen, token, log, end_tokens, stop, position);
             }

@@ -319,8 +319,8 @@ DEVICE u32 every_other_byte(u32 first, u32 second, int odd) { return __byte_perm
 // Write one value of an i8x2 vector, COPIES times at every COPY_BYTES. 16 neighbouring lanes hold one group; all 32 lanes
 // call it, those with `inside` false write nothing (a whole group is inside or outside). index: the value's place.
 template <int COPIES, int COPY_BYTES> DEVICE void store_activations(u8* vector, int index, float value, bool inside) {
-    float amax = half_warp_max(fabsf(value));  // on a GPU what is no number is larger than all: its group becomes zeros
-    bool alive = amax >= 1.50463277e-36f;  // 128 * smallest normal number: below, 127 / amax could overflow
+    float amax = half_warp_max(fabsf(value));  // what is no number is larger than all: its group becomes none either
+    bool alive = !(amax < 1.50463277e-36f);  // 128 * smallest normal number: below, 127 / amax could overflow
     float inverse = divide(127.0f, alive ? amax : 1.0f);  // no branch around it, so that it overlaps with what is beside it
     float scaled = alive ? value * inverse : 0.0f;
     int high = round_to_int(scaled);

@@ -149,7 +149,7 @@ DEVICE void embed_kernel(const u8* table, const int* tokens, float* x, const ROW
     const int row = SHAPE::ROWS == 1 ? 0 : blockIdx.x / SHAPE::BLOCKS;
     if (!rows.has(row)) return;
     const int block = SHAPE::ROWS == 1 ? blockIdx.x : blockIdx.x % SHAPE::BLOCKS;
-    int token = rows.load(tokens + row), at = block * SHAPE::THREADS + threadIdx.x;
+    const int given = rows.load(tokens + row), token = given < 0 ? 0 : given, at = block * SHAPE::THREADS + threadIdx.x;
     float value = 0.0f;
     if (at < SHAPE::COLUMNS) {
         const u8* superblock = table + ((u64)(token >> 4) * SHAPE::SUPERBLOCKS + (at >> 8)) * TYPE::BYTES;
@@ -283,7 +283,7 @@ template <class SHAPE, class MOVED> DEVICE void argmax_kernel(const float* logit
     __syncthreads();
     if (threadIdx.x == 0) {
         for (int w = 1; w < SHAPE::THREADS / 32; w++) key = warp_best[w] > key ? warp_best[w] : key;
-        moved(choice_index(key));
+        moved(chosen_token(key));
     }
 }
 

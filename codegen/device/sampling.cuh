@@ -28,6 +28,8 @@ DEVICE float value_of(u64 key) {
     return bits_to_float((bits & 0x80000000u) ? bits ^ 0x80000000u : ~bits);
 }
 
+constexpr u32 MINUS_INFINITE = 0x007fffffu, INFINITE = 0xff800000u, NO_NUMBER = 0xffffffffu;  // as `ordered` has them
+
 // == adjust
 
 // One logit after its bias and the penalties for `count` times in the window.
@@ -52,7 +54,8 @@ DEVICE u32 block_max(u32 key, u32* of_warps) {
     return key;
 }
 
-// One block a span. history takes `token` at its place; the window is read up to there.
+// One block a span. history takes `token` at its place; the window is read up to there. A span in which a logit is no
+// number or infinite has a peak that is no number: `draw_token` chooses nothing then.
 DEVICE void adjust_span(const float* logits, const int* token, const int* sampler, const int* position, float* adjusted, float* peaks, int* history, int size, const Stamps& stamps) {
     __shared__ int counts[SPAN];
     __shared__ float biases[SPAN];
@@ -73,9 +76,10 @@ DEVICE void adjust_span(const float* logits, const int* token, const int* sample
     }
     if (at == 0) history[here] = now;  // nobody reads this place in this step
     __syncthreads();
-    float value = at < size ? adjusted_logit(fresh(logits + at), biases[own], counts[own], sampler) : minus_infinity();
+    const float logit = at < size ? fresh(logits + at) : minus_infinity();
+    const float value = adjusted_logit(logit, biases[own], counts[own], sampler);
     if (at < size) adjusted[at] = value;
-    u32 top = block_max(ordered(value), of_warps);
+    const u32 top = block_max(ordered(logit) < INFINITE ? ordered(value) : NO_NUMBER, of_warps);
     if (own == 0) peaks[blockIdx.x] = value_of((u64)top << 32);
 }
 
@@ -300,7 +304,8 @@ struct Draw {
     }
 };
 
-// A block takes every gridDim-th span; true, and the token in `chosen`, for one thread of the last block that finishes.
+// A block takes every gridDim-th span; true, and the token in `chosen`, for one thread of the last block that finishes
+// (of the first one where there is nothing to choose from).
 // With a top_k of at most one a peak, nothing below the top_k-th peak can be among the top_k tokens: the few that
 // are not below it go into the list. Otherwise all tokens are counted and weighed in bins of their distance to the
 // largest, and of the bins in which a filter or the draw ends, the last block makes a list.
@@ -317,6 +322,10 @@ template <int SIZE> DEVICE bool draw_token(const float* logits, const float* pea
         peak = other > peak ? other : peak;
     }
     const u32 top = block_max(peak, shared.top_of_warps);
+    if (top == NO_NUMBER || top <= MINUS_INFINITE) {  // as `chosen_token`
+        chosen = -1;
+        return blockIdx.x == 0 && own == 0;
+    }
     if (listed) {
         const u64 key = (u64)peak << 32 | (u32)~own;
         shared.keys[own] = key;

@@ -8,6 +8,10 @@ from .. import sampling
 from ..op import Arrays, Attributes, EvalContext, Op, Results, Types
 from ..sampling import PEAK_SPAN, SAMPLER_WORDS
 
+NONE = -1
+"""The token of a row whose logits are not finite numbers: there is nothing to choose from. It is in the log, where the
+host finds it, and a step that is queued behind it embeds token 0."""
+
 
 def recorded(log: np.ndarray, tokens: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
     """The log [sequences, context] with each row's token at its position."""
@@ -43,7 +47,8 @@ def following(positions: np.ndarray) -> np.ndarray:
 
 
 def likeliest(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(np.argmax(logits, axis=-1), np.int32)
+    """Each row's largest logit, the lowest index of equals: i32[T]; NONE where it is infinite or one is no number."""
+    return np.where(np.isfinite(logits.max(axis=-1)), np.argmax(logits, axis=-1), NONE).astype(np.int32)
 
 
 def choice(logits: np.ndarray, *state: np.ndarray) -> Arrays:
@@ -51,11 +56,18 @@ def choice(logits: np.ndarray, *state: np.ndarray) -> Arrays:
     return moved_on(likeliest(logits), *state)
 
 
-def drawn(logits: np.ndarray, settings: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The tokens that the settings, the seed and the positions choose: i32[T]; 0 for an absent row."""
+def drawn(logits: np.ndarray, peaks: np.ndarray, settings: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The tokens that the settings, the seed and the positions choose: i32[T]; 0 for an absent row.
+
+    NONE where a peak is no number, or all of them are minus infinity.
+    """
     words = sampling.words_of(settings)
     random = sampling.random_words(np.maximum(positions, 0), words.seed)
-    rows = [int(sampling.choices(row, words).at(word)) for row, word in zip(logits, random, strict=True)]
+    tops = peaks.max(axis=-1)
+    rows = [
+        NONE if np.isnan(top) or np.isneginf(top) else int(sampling.choices(row, words).at(word))
+        for row, top, word in zip(logits, tops, random, strict=True)
+    ]
     return np.where(positions >= 0, rows, 0).astype(np.int32)
 
 
@@ -84,11 +96,12 @@ def _adjust(context: EvalContext, ins: list[np.ndarray], attrs: Attributes) -> A
     logits, tokens, history, settings, positions, sequences = ins
     words = sampling.words_of(settings)
     history = recorded(history, tokens, positions, sequences)
-    rows = []
+    rows, peaks = [], []
     for row, position, sequence in zip(logits, positions, sequences, strict=True):
         window = history[sequence, max(0, position + 1 - words.window) : position + 1]
         rows.append(sampling.adjusted(row, window, words).astype(context.dtype))
-    return np.stack(rows), np.stack([sampling.peaks_of(row) for row in rows]), history
+        peaks.append(np.where(sampling.peaks_of(row) < np.inf, sampling.peaks_of(rows[-1]), np.nan))
+    return np.stack(rows), np.stack(peaks), history
 
 
 def _draw_rule(t: Types, attrs: Attributes) -> Results:
@@ -100,8 +113,7 @@ def _draw_rule(t: Types, attrs: Attributes) -> Results:
 
 
 def _draw(context: EvalContext, ins: list[np.ndarray], attrs: Attributes) -> Arrays:
-    logits, _, settings, positions = ins
-    return (drawn(logits, settings, positions),)
+    return (drawn(*ins),)
 
 
 def _record_rule(t: Types, attrs: Attributes) -> Results:
@@ -158,8 +170,9 @@ def _draw_choose_rule(t: Types, attrs: Attributes) -> Results:
 
 
 def _draw_choose(context: EvalContext, ins: list[np.ndarray], attrs: Attributes) -> Arrays:
-    logits, _, settings, log, ends, stop, positions, sequences = ins
-    return moved_on(drawn(logits, settings, positions), log, ends, stop, positions, sequences)
+    logits, peaks, settings, *state = ins
+    positions = state[-2]
+    return moved_on(drawn(logits, peaks, settings, positions), *state)
 
 
 _STATE = "i32[2,16] i32[8] i32[2] i32[T] i32[T]"
@@ -168,7 +181,7 @@ _LOGITS = f"f32[T,1500] f32[T,2] i32[{SAMPLER_WORDS}]"
 OPS = (
     Op(
         "argmax(logits) -> tokens",
-        "index of the largest logit, the lowest one of equals",
+        "index of the largest logit, the lowest one of equals; -1 where it is infinite or one is no number",
         _argmax_rule,
         _argmax,
         "f32[T,96]",
@@ -176,7 +189,7 @@ OPS = (
     Op(
         "adjust(logits, tokens, history, sampler, positions, sequences) -> adjusted, peaks, history",
         "biases and penalties of the sampler's settings; history takes the tokens at their positions; "
-        "a peak is the largest of 1024 values",
+        "a peak is the largest of 1024 values, no number where one of their logits is none or infinite",
         _adjust_rule,
         _adjust,
         f"f32[T,1500] i32[T] i32[2,16] i32[{SAMPLER_WORDS}] i32[T] i32[T]",
@@ -184,7 +197,8 @@ OPS = (
     ),
     Op(
         "draw(logits, peaks, sampler, positions) -> tokens",
-        "a token by chance: top-k, top-p, min-p and temperature of the settings, random by seed and position",
+        "a token by chance: top-k, top-p, min-p and temperature of the settings, random by seed and position; "
+        "-1 where a peak is no number or all are minus infinity",
         _draw_rule,
         _draw,
         f"{_LOGITS} i32[T]",

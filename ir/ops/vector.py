@@ -39,7 +39,7 @@ def _embed_rule(t: Types, attrs: Attributes) -> Results:
 
 def _embed(context: EvalContext, ins: list[np.ndarray], attrs: Attributes) -> Arrays:
     table, tokens = ins
-    return (table[tokens].astype(context.dtype),)
+    return (table[np.maximum(tokens, 0)].astype(context.dtype),)
 
 
 def _embed_norm_rule(t: Types, attrs: Attributes) -> Results:
@@ -130,7 +130,13 @@ def _quantize(context: EvalContext, ins: list[np.ndarray], attrs: Attributes) ->
 
 
 OPS = (
-    Op("embed(table, tokens) -> x", "rows `tokens` of the table", _embed_rule, _embed, "q6_k[9,256] i32[T]"),
+    Op(
+        "embed(table, tokens) -> x",
+        "rows `tokens` of the table; row 0 for -1",
+        _embed_rule,
+        _embed,
+        "q6_k[9,256] i32[T]",
+    ),
     Op(
         "rms_norm(x, weight) -> y",
         "x over its root mean square along the last axis, times weight",

@@ -140,6 +140,7 @@ def command(
                 policy=policy,
                 warn=warnings.append,
                 on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
+                reword=lambda error: None,
             )
         warn_of_file(model, warnings)
         return found

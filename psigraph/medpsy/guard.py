@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ class Guard:
         before = normalise(previous)
         return decision if self._classify(before).refused else self._classify(f"{before[-_OVERLAP:]} {text}")
 
-    def stream(self, pieces: Iterable[str]) -> Iterator[str]:
+    def stream(self, pieces: Iterable[str]) -> Generator[str, None, None]:
         """The pieces of an answer with the disclaimer before them: an answer that is cut short still carries it."""
         yield f"{self.disclaimer}\n\n"
         yield from pieces

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..ir.errors import UsageError
+from ..arguments import whole_or_none
+from ..ir.errors import PsigraphError, UsageError
 from ..medpsy.guard import Guard
 from ..runtime.tokenizer.bpe import Tokenizer
 from ..session import Session, check_ids
 from .sampler import SamplerSettings
 from .stop_strings import StopStrings
+from .turns import Turns, Written
 
 # Why a run ended.
 END, LENGTH, CONTEXT, STOP, INTERRUPTED = "end", "length", "context", "stop", "interrupted"
@@ -51,6 +54,10 @@ class Limits:
     cancelled: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
+        whole_or_none("max_new_tokens", self.max_new_tokens)
+        whole_or_none("logprobs", self.logprobs)
+        if not callable(self.cancelled):
+            raise TypeError(f"cancelled is {self.cancelled!r}; give a function without parameters")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}; at least 1 is needed")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
@@ -60,41 +67,45 @@ class Limits:
 class Decoder:
     """A session, and the ids that its caches hold: a prompt that begins with them is not fed all over again.
 
-    One run at a time: a run that is begun ends the one before.
+    One run at a time, from any thread: a run that begins while another is under way lets that be written first.
+    reword: is given each error of a run before who reads it is.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, reword: Callable[[PsigraphError], None] = lambda error: None) -> None:
         self.session = session
+        self.turns = Turns()
+        self.reword = reword
         self._held: list[int] = []
-        self._active: TokenRun | None = None
 
-    def run(self, ids: Sequence[int], limits: Limits | None = None) -> TokenRun:
+    def run(
+        self, ids: Sequence[int], limits: Limits | None = None, ready: Callable[[Limits], None] | None = None
+    ) -> TokenRun:
         """The tokens that follow `ids`; nothing is computed until the first is asked for.
 
+        ready: called then, by whom has the turn: makes `session` one that can do what the limits ask for.
         UsageError for an empty prompt, an id outside the vocabulary, a prompt that the context does not hold, and
         settings that the session cannot sample by.
         """
         limits = limits or Limits()
-        check_ids(ids, self.session.vocabulary)
-        if len(ids) > self.session.context:
+        session = self.session
+        check_ids(ids, session.vocabulary)
+        if len(ids) > session.context:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.session.context}; shorten it"
-                f"{self.session.larger_context}"
+                f"the prompt has {len(ids)} tokens, the context holds {session.context}; shorten it"
+                f"{session.larger_context}"
             )
-        if limits.logprobs is not None and not self.session.engine.has_logits:
+        if ready is None and limits.logprobs is not None and not session.engine.has_logits:
             raise UsageError('logprobs need a session that was opened with outputs=("logits",)')
-        self.session.set_sampler(limits.sampler)
-        return TokenRun(self, list(ids), limits)
+        session.check_sampler(limits.sampler, may_change=ready is not None)
+        return TokenRun(self, list(ids), limits, ready)
 
     def forget(self) -> None:
         """Feed the next prompt from its first id."""
         self._held = []
 
-    def begin(self, run: TokenRun, ids: Sequence[int]) -> int:
+    def begin(self, ids: Sequence[int], limits: Limits) -> int:
         """Goes back to where the caches and `ids` part, and says how many ids need not be fed."""
-        if self._active is not None:
-            self._active.end(INTERRUPTED)
-        self._active = run
+        self.session.set_sampler(limits.sampler)
         known = min(self.session.position, len(self._held), len(ids) - 1)  # the last id's step makes the first choice
         same = next((index for index in range(known) if self._held[index] != ids[index]), known)
         self.session.rewind(same)
@@ -106,34 +117,32 @@ class Decoder:
         self._held.append(token)
 
 
-class TokenRun(Iterator[int]):
+class TokenRun(Written[int]):
     """Tokens as they are chosen; the end token is not given. When it is over, `reason` says why.
 
-    ids            the tokens given so far.
+    ids            the tokens written so far.
     reason         "" while it runs; "end": the model ended the text; "length": max_new_tokens; "context": the context
                    is full; "interrupted"; "stop" is set by a `TextRun` that found a stop string.
     logprobs       one for each of `ids`, where they were asked for.
     prompt_tokens  ids of the prompt; reused_tokens: how many of them the caches held already.
     """
 
-    def __init__(self, decoder: Decoder, prompt: list[int], limits: Limits) -> None:
+    def __init__(
+        self, decoder: Decoder, prompt: list[int], limits: Limits, ready: Callable[[Limits], None] | None = None
+    ) -> None:
+        super().__init__(decoder.turns)
         self.ids: list[int] = []
         self.logprobs: list[LogProbability] = []
         self.reason = ""
         self.prompt_tokens = len(prompt)
         self.reused_tokens = 0
-        self._session = decoder.session
         self._first_s = self._last_s = 0.0
         self._decoded = 0
-        self._tokens = self._generate(decoder, prompt, limits)
+        self.pieces = TokenRun._generate(weakref.proxy(self), decoder, prompt, limits, ready)
 
-    def __next__(self) -> int:
-        return next(self._tokens)
-
-    def end(self, reason: str) -> None:
-        """Ends the run early."""
-        self._tokens.close()
-        self.reason = self.reason or reason
+    def was_ended(self) -> None:
+        """Early: the reason is "interrupted", unless there is another."""
+        self.reason = self.reason or INTERRUPTED
 
     def timings(self) -> dict[str, Any]:
         """Counts, milliseconds and the rate: tokens after the first by the time from the first to the last."""
@@ -147,10 +156,21 @@ class TokenRun(Iterator[int]):
             "decode_tokens_per_second": round((self._decoded - 1) / decode_s, 2) if decode_s > 0 else None,
         }
 
-    def _generate(self, decoder: Decoder, prompt: list[int], limits: Limits) -> Generator[int, None, None]:
-        session = self._session
+    def _generate(
+        self, decoder: Decoder, prompt: list[int], limits: Limits, ready: Callable[[Limits], None] | None
+    ) -> Generator[int, None, None]:
+        try:
+            if ready is not None:
+                ready(limits)
+            yield from TokenRun._chosen(self, decoder, prompt, limits)
+        except PsigraphError as error:
+            decoder.reword(error)
+            raise
+
+    def _chosen(self, decoder: Decoder, prompt: list[int], limits: Limits) -> Generator[int, None, None]:
         began = time.perf_counter()
-        self.reused_tokens = decoder.begin(self, prompt)
+        self.reused_tokens = decoder.begin(prompt, limits)
+        session = decoder.session
         at_once = session.fed_at_once  # ids between two looks at `cancelled`
         for first in range(self.reused_tokens, len(prompt), at_once):
             if limits.cancelled():
@@ -159,8 +179,11 @@ class TokenRun(Iterator[int]):
             session.feed(prompt[first : first + at_once])
         space = session.context - len(prompt) + 1  # the last token is chosen and never goes in
         count = space if limits.max_new_tokens is None else min(space, limits.max_new_tokens)
-        told = limits.logprobs
-        for token in self._decoded_tokens(count, began) if told is None else self._told_tokens(count, began, told):
+        if limits.logprobs is None:
+            tokens = TokenRun._decoded_tokens(self, session, count, began)
+        else:
+            tokens = TokenRun._told_tokens(self, session, count, began, limits.logprobs)
+        for token in tokens:
             decoder.holds(token)
             if limits.cancelled():
                 self.reason = INTERRUPTED
@@ -174,9 +197,8 @@ class TokenRun(Iterator[int]):
                 self.reason = LENGTH if count == limits.max_new_tokens else CONTEXT
             yield token
 
-    def _decoded_tokens(self, count: int, began: float) -> Iterator[int]:
+    def _decoded_tokens(self, session: Session, count: int, began: float) -> Iterator[int]:
         """`count` tokens, with the clock read as they arrive."""
-        session = self._session
         token = session.engine.chosen()  # waits for the prompt, and not for the steps that are queued after it
         self._first_s = self._last_s = time.perf_counter() - began
         self._decoded = 1
@@ -190,9 +212,8 @@ class TokenRun(Iterator[int]):
             yield from chunk[1:] if seen == 0 else chunk  # the first token is known already
             seen += len(chunk)
 
-    def _told_tokens(self, count: int, began: float, likeliest: int) -> Iterator[int]:
+    def _told_tokens(self, session: Session, count: int, began: float, likeliest: int) -> Iterator[int]:
         """`count` tokens, one step at a time, since the logits of a step are gone with the next."""
-        session = self._session
         for index in range(count):
             token = session.engine.chosen()
             self.logprobs.append(log_probability(session.engine.logits_view(), token, likeliest))
@@ -213,7 +234,7 @@ def log_probability(logits: np.ndarray, token: int, likeliest: int) -> LogProbab
     return LogProbability(token, float(values[token]), tuple((int(one), float(values[one])) for one in order))
 
 
-class TextRun(Iterator[str]):
+class TextRun(Written[str]):
     """The text of a run in pieces, never half a character nor part of a stop string; control tokens are left out.
 
     guard   the medical policy's: its disclaimer comes before the text.
@@ -224,11 +245,17 @@ class TextRun(Iterator[str]):
     def __init__(
         self, tokens: TokenRun, tokenizer: Tokenizer, stop: Sequence[str] = (), guard: Guard | None = None
     ) -> None:
+        super().__init__(tokens.turns)
         self.tokens = tokens
         self.text = ""
         self._stream = tokenizer.stream(skip_special=True)
         self._stops = StopStrings(stop)
-        self._pieces = self._generate() if guard is None else guard.stream(self._generate())
+        written = TextRun._generate(weakref.proxy(self))
+        self.pieces = written if guard is None else guard.stream(written)
+
+    def was_ended(self) -> None:
+        """Early: see `TokenRun.was_ended`."""
+        self.tokens.end()
 
     @property
     def ids(self) -> list[int]:
@@ -249,15 +276,12 @@ class TextRun(Iterator[str]):
         """See `TokenRun.timings`."""
         return self.tokens.timings()
 
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def _generate(self) -> Iterator[str]:
-        for token in self.tokens:
+    def _generate(self) -> Generator[str, None, None]:
+        for token in self.tokens.pieces:
             yield from self._shown(self._stops.push(self._stream.push(token)))
             if self._stops.found:
                 self.tokens.reason = STOP  # it may have been the last token that was allowed, too
-                self.tokens.end(STOP)
+                self.tokens.end()
                 return
         yield from self._shown(self._stops.push(self._stream.finish()))
         if self._stops.found:

@@ -59,6 +59,8 @@ class SamplerSettings:
         _whole("top_k", self.top_k, 0, (1 << 31) - 1)
         _whole("penalty_window", self.penalty_window, -1, (1 << 31) - 1)
         _whole("seed", self.seed, 0, SEEDS - 1)
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(f"logit_bias is {self.logit_bias!r}; give token ids and what is added to their logits")
         if len(self.logit_bias) > BIAS_SLOTS:
             raise UsageError(f"logit_bias: {len(self.logit_bias)} tokens; at most {BIAS_SLOTS} are supported")
         for token, bias in self.logit_bias.items():

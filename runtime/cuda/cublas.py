@@ -149,7 +149,7 @@ class Cublas:
         if self._handle:
             self._library.cublasLtDestroy(self._handle)
         if self._workspace:
-            self._driver.api.cuMemFree(self._workspace)
+            self._driver.give_back("cuMemFree", self._workspace)
         self._handle, self._how, self._workspace = ctypes.c_void_p(), ctypes.c_void_p(), 0
 
     def _layout(self, dtype: int, rows: int, columns: int) -> ctypes.c_void_p:
@@ -163,6 +163,7 @@ class Cublas:
 
     def _call(self, name: str, *args: Any) -> None:
         assert len(args) == _FUNCTIONS[name], name
+        self._driver.enter()
         status = int(getattr(self._library, name)(*args))
         if status:
             raise DeviceError(f"{name} of {self.name} failed with status {status}; take --prefill own")

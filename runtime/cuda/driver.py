@@ -1,14 +1,17 @@
 """The CUDA driver, as little of it as the engine needs, with errors that say what to do.
 
-Every call goes through `Driver.call`, so that a failure of any of them becomes one
-`DeviceError` naming the call; tests make each call fail once (`runtime.host.inject`).
+Every call goes through `Driver.call`, so that a failure of any of them becomes one `DeviceError` naming the call, and
+that any thread may make it; tests make each call fail once (`runtime.host.inject`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +32,10 @@ ADVICE = {
     ),
     "CUDA_ERROR_NO_BINARY_FOR_GPU": "the kernels were compiled for another GPU; clear the kernel cache",
 }
+UNKNOWN_STATE = "the GPU's state is unknown now; start the program again"
 PORTABLE_CLUSTER = 8  # blocks: what every GPU with clusters can run (CUDA C Programming Guide, thread block clusters)
 OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+FORKED = "a GPU's state does not go over into a forked child; load the model there, or start processes by spawn"
 LOWER = "lower --ctx, use a smaller model, or free the GPU (nvidia-smi shows who holds it)"
 
 
@@ -46,10 +51,22 @@ class DeviceFacts:
     driver_version: str
 
 
+class _Thread(threading.local):
+    """The driver whose context is current in a thread, by this class."""
+
+    current: object = None
+
+
+_thread = _Thread()
+os.register_at_fork(after_in_child=lambda: setattr(_thread, "current", None))
+
+
 class Driver:
-    """The primary context of one GPU. Close it, or use it in a `with` statement."""
+    """The primary context of one GPU, in the process that made it. Close it, or use it in a `with` statement."""
 
     def __init__(self, device: int = 0) -> None:
+        self._key = object()  # in `_thread`, which must not keep the driver itself
+        self._process = os.getpid()
         try:
             from cuda.bindings import driver
         except ImportError as error:
@@ -69,14 +86,45 @@ class Driver:
         self.context = self.call("cuDevicePrimaryCtxRetain", self.device)
         self._retained = True
         try:
-            self.call("cuCtxSetCurrent", self.context)
+            self.enter()
         except DeviceError:
             self.close()
             raise
 
+    @property
+    def forked(self) -> bool:
+        """Whether this is a child that was forked from the driver's process: nothing works here, nothing is freed."""
+        return os.getpid() != self._process
+
+    def enter(self) -> None:
+        """Make the context current in the calling thread, unless it is; DeviceError in a forked child."""
+        if _thread.current is not self._key:
+            if self.forked:
+                raise DeviceError(FORKED)
+            if self._retained:
+                self._call("cuCtxSetCurrent", self.context)
+                _thread.current = self._key
+
     def call(self, name: str, *args: Any) -> Any:
-        """Call a driver function; its result without the status, DeviceError on failure."""
-        status, *results = getattr(self.api, name)(*args)
+        """Call a driver function, from any thread; its result without the status, DeviceError on failure."""
+        self.enter()
+        return self._call(name, *args)
+
+    def give_back(self, name: str, *args: Any) -> None:
+        """Call a function that frees something; a failure is not reported, and a forked child frees nothing."""
+        with suppress(DeviceError):
+            self.call(name, *args)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        try:
+            status, *results = getattr(self.api, name)(*args)
+        except ValueError as error:  # the bindings' own word for a code that their version has no name for
+            unnamed = re.match(r"(\d+) is not a valid CUresult", str(error))
+            if unnamed is None:
+                raise
+            raise DeviceError(
+                f"{name} failed with error {unnamed[1]}, which these bindings have no name for: {UNKNOWN_STATE}"
+            ) from None
         if status != self.api.CUresult.CUDA_SUCCESS:
             raise self._error(name, status)
         return results[0] if len(results) == 1 else tuple(results) if results else None
@@ -85,7 +133,7 @@ class Driver:
         label = getattr(status, "name", str(status))
         if label == OUT_OF_MEMORY:
             return OutOfMemoryError(f"{name} failed with {label}: it needs more than is free ({self._free()}); {LOWER}")
-        advice = ADVICE.get(label, "the GPU's state is unknown now; start the program again")
+        advice = ADVICE.get(label, UNKNOWN_STATE)
         # The driver's own words: the stand-in names the kernel here, and what it did.
         told, text = self.api.cuGetErrorString(status)
         words = " ".join(bytes(text or b"").decode(errors="replace").split()) if told == status.CUDA_SUCCESS else ""
@@ -137,7 +185,7 @@ class Driver:
             carveout = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             self.call("cuFuncSetAttribute", function, carveout, 100)
         except BaseException:
-            self.api.cuModuleUnload(module)
+            self.give_back("cuModuleUnload", module)
             raise
         return module, function
 
@@ -182,8 +230,8 @@ class Driver:
 
     def close(self) -> None:
         if self._retained:
+            self.give_back("cuDevicePrimaryCtxRelease", self.device)
             self._retained = False
-            self.api.cuDevicePrimaryCtxRelease(self.device)
 
     def __enter__(self) -> Driver:
         return self
@@ -208,7 +256,7 @@ class HostMemory:
 
     def close(self) -> None:
         if self.address:
-            self._driver.api.cuMemFreeHost(self.address)
+            self._driver.give_back("cuMemFreeHost", self.address)
             self.address = 0
 
 

@@ -32,6 +32,7 @@ struct EdgeData {  // CUgraphEdgeData
 static_assert(sizeof(Attribute) == 72 && sizeof(Config) == 56 && sizeof(KernelParameters) == 72 && sizeof(EdgeData) == 8, "as in cuda.h");
 
 static thread_local std::vector<Context*> current_contexts;
+static bool in_a_context() { return !current_contexts.empty(); }
 
 static long from_environment(const char* name, long otherwise) {
     const char* text = getenv(name);

@@ -77,7 +77,6 @@ static CUresult release(CUdeviceptr at, bool host) {
 
 static CUresult cuMemAlloc(CUdeviceptr* at, size_t bytes) {
     GATE();
-    if (!current()) return INVALID_CONTEXT;
     return allocate(at, bytes, false, nullptr);
 }
 static CUresult cuMemFree(CUdeviceptr at) { RELEASE_GATE(release(at, false)); }

@@ -43,12 +43,10 @@ static CUresult find_function(Function** function, Module* module, const char* n
 }
 static CUresult cuModuleLoadData(Module** module, const void* image) {
     GATE();
-    if (!current()) return INVALID_CONTEXT;
     return load_module(module, image);
 }
 static CUresult cuModuleLoadDataEx(Module** module, const void* image, unsigned, int*, void**) {
     GATE();
-    if (!current()) return INVALID_CONTEXT;
     return load_module(module, image);
 }
 static CUresult cuModuleUnload(Module* module) { RELEASE_GATE(unload_module(module)); }

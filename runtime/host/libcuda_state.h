@@ -178,6 +178,14 @@ static inline bool is_sticky(CUresult code) {
     return all.count(code) != 0;
 }
 
+// Whether the call works in a thread that has no context: what asks about devices and contexts does.
+static inline bool needs_no_context(const char* call) {
+    for (const char* kind : {"cuInit", "cuDriver", "cuDevice", "cuCtx", "cuGet"})
+        if (!strncmp(call, kind, strlen(kind))) return true;
+    return false;
+}
+static bool in_a_context();
+
 // At the head of every call: takes the lock, writes the log, gives the error that is due.
 struct Gate {
     std::lock_guard<std::recursive_mutex> held;
@@ -195,6 +203,8 @@ struct Gate {
             result = s.sticky;
         } else if (needs_init && !s.ready) {
             result = NOT_INITIALIZED;
+        } else if (!needs_no_context(name) && !in_a_context()) {
+            result = INVALID_CONTEXT;
         }
     }
 };

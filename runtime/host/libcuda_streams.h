@@ -66,7 +66,6 @@ static CUresult cuCtxSynchronize_v2(Context*) {
 }
 
 static CUresult create_stream(Stream** stream, unsigned flags, int priority) {
-    if (!current()) return INVALID_CONTEXT;
     *stream = new Stream;
     (*stream)->flags = flags;
     (*stream)->priority = priority;
@@ -254,7 +253,6 @@ static CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
 
 static CUresult cuEventCreate(Event** event, unsigned flags) {
     GATE();
-    if (!current()) return INVALID_CONTEXT;
     state().events.insert(*event = new Event);
     (*event)->flags = flags;
     return OK;

@@ -12,7 +12,7 @@ from machine_code import machine_code
 from psigraph.codegen.device import device_headers
 from psigraph.codegen.lower import lower
 from psigraph.codegen.target import GPU_ARCHES, target_for
-from psigraph.ir.errors import UsageError
+from psigraph.ir.errors import ModelFileError, UsageError
 from psigraph.ir.graph import Graph
 from psigraph.ir.interpret import Interpreter
 from psigraph.ir.sampling import SAMPLER_WORDS, adjusted, choices, random_words, words_of
@@ -80,7 +80,9 @@ class Sampler:
         self.engine.set_constant("logits", logits.astype(np.float32)[None])
         self.engine.set_constant("sampler", settings.words(len(logits)))
         self.engine.feed([0])
-        return [token for chunk in self.engine.decode(count) for token in chunk]
+        for _ in range(count - 1):
+            self.engine.step()
+        return self.engine.read("log").view(np.int32)[:count].tolist()
 
     def wanted(self, logits: np.ndarray, settings: SamplerSettings, count: int) -> list[int]:
         interpreter = Interpreter()
@@ -211,6 +213,28 @@ def test_constants_change_in_the_order_of_steps(small):
             small.engine.set_constant("sampler", settings[1].words())
         small.engine.step()
     assert small.engine.read("log").view(np.int32)[:200].tolist() == first[:100] + second[100:]
+
+
+def test_a_logit_that_becomes_no_number_ends_the_text_where_it_did(small):
+    """Replays that are queued behind it do no harm, and the next text is as good as any."""
+    settings, sound = SamplerSettings(**OFF, seed=5), normal(SMALL)
+    wanted = small.tokens(sound, settings, 24)
+
+    def spoiled(place, value):
+        small.tokens(sound, settings, 1)
+        logits = np.where(np.arange(SMALL) == place, value, sound).astype(np.float32)
+        for tokens in small.engine.decode(40, 4):
+            yield from tokens
+            small.engine.set_constant("logits", logits[None])  # three chunks of four are queued by now
+
+    for wrong in ((0, np.nan), (SMALL - 1, np.inf)):
+        given = []
+        with pytest.raises(ModelFileError, match="at position 12: "):
+            given.extend(spoiled(*wrong))
+        assert given == wanted[:12]
+        with pytest.raises(ModelFileError, match="no token can be chosen at position"):
+            small.engine.chosen()
+    assert small.tokens(sound, settings, 24) == wanted
 
 
 def test_constants_that_do_not_fit(small):

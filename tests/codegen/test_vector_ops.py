@@ -139,7 +139,7 @@ def test_two_weights_of_one_shape_keep_apart():
 
 @pytest.mark.parametrize("vocabulary", [40, 1024, 5000])
 def test_token_choice(vocabulary):
-    """Ties go to the lowest index, a NaN never wins, the log and the stop flag follow."""
+    """Ties go to the lowest index, what is not finite is noticed wherever it stands, log and stop flag follow."""
     graph = parse_graph(f"""graph choice({STATES}, state %logits: f32[1,{vocabulary}]) {{
         %best: i32[1] = argmax(%logits)
         %log1: i32[1,32] = record(%log, %best, %positions, %sequences)
@@ -154,23 +154,30 @@ def test_token_choice(vocabulary):
     tied[[vocabulary - 1, 9, 33]] = 50.0
     negative = -np.abs(logits) - 1
     negative[5] = -0.5
-    odd = logits.copy()
-    odd[[0, 3]] = np.nan
-    odd[12] = np.inf
-    lowest = np.full(vocabulary, -np.inf, np.float32)
+    one_out = np.where(np.arange(vocabulary) == 9, logits, -np.inf)
     signed_zero = np.full(vocabulary, -0.0, np.float32)
-    cases = [(logits, int(np.argmax(logits))), (tied, 9), (negative, 5), (odd, 12), (lowest, 0), (signed_zero, 0)]
+    cases = [(logits, int(np.argmax(logits))), (tied, 9), (negative, 5), (one_out, 9), (signed_zero, 0)]
+    for wrong in (np.nan, -np.nan, np.inf):
+        places = (0, 12, vocabulary - 1)
+        cases += [(np.where(np.arange(vocabulary) == place, wrong, logits), -1) for place in places]
+    cases += [(np.full(vocabulary, wrong), -1) for wrong in (-np.inf, np.inf, np.nan)]
     with Step(graph, HOST, {}) as step:
         for values, best in cases:
             nothing = [-1] * 7
             # (end tokens, stop before, stop afterwards)
             for ends, before, after in (
-                ([-1, *nothing], 0, 0),
+                ([-1, *nothing], 0, int(best == -1)),
                 ([best, *nothing], 0, 1),
                 ([*nothing, best], 0, 1),
                 ([-1, *nothing], 1, 1),
             ):
-                states = {"logits": values, "positions": [30], "stop": [before], "log": [-7] * 32, "end_tokens": ends}
+                states = {
+                    "logits": values.astype("f4"),
+                    "positions": [30],
+                    "stop": [before],
+                    "log": [-7] * 32,
+                    "end_tokens": ends,
+                }
                 got = step.run({name: np.array(array) for name, array in states.items()})
                 found = [int(got[name][0]) for name in ("best", "tokens", "stop", "positions")]
                 assert found == [best, best, after, 32]

@@ -88,3 +88,15 @@ def test_q8_has_the_numbers_of_q8_0():
 def test_q8_of_zeros_and_of_subnormal_numbers():
     assert not round_q8(np.zeros((2, 32))).any()
     assert not round_q8(np.full((1, 16), 1e-42, np.float32)).any()
+
+
+def test_a_group_that_holds_no_number_stays_none():
+    values = np.ones((3, 16), np.float32)
+    values[0, 5], values[2, 7] = np.nan, np.inf
+    with np.errstate(all="raise"):
+        high, low, scale = quantize_i8x2(values)
+    assert np.isnan(scale[0])
+    assert scale[2] == np.inf
+    assert (high[1] == 127).all()
+    assert not high[[0, 2]].any()
+    assert not low[[0, 2]].any()

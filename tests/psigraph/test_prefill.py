@@ -46,7 +46,13 @@ class Gpu:
 
     def __init__(self) -> None:
         self.freed: list[int] = []
-        self.api = SimpleNamespace(cuMemFree=self.freed.append)
+
+    def enter(self) -> None:
+        pass
+
+    def give_back(self, name: str, address: int) -> None:
+        assert name == "cuMemFree"
+        self.freed.append(address)
 
     def allocate(self, nbytes: int, what: str) -> int:
         return 4096

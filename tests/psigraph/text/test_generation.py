@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,15 +17,17 @@ from psigraph.options import SessionOptions
 from psigraph.runtime.gguf.file import open_gguf
 from psigraph.runtime.tokenizer.bpe import Tokenizer
 from psigraph.session import Session, open_session
-from psigraph.text.generation import Decoder, Limits, TextRun, TokenRun
+from psigraph.text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
 from psigraph.text.sampler import SamplerSettings
 from psigraph.text.stop_strings import StopStrings
+from psigraph.text.turns import Turns
 
 
 class Counting:
     """A session whose model counts upwards: after token n comes n + 1. Its engine runs ahead, as a GPU's does."""
 
     backend, vocabulary, end_tokens, fed_at_once = "cuda", 256, (250,), 512
+    larger_context = ", or give a larger --ctx"
     larger_context = ""
 
     def __init__(self, context: int = 64, chunk: int = 4) -> None:
@@ -33,6 +36,9 @@ class Counting:
         self.seen: list[str] = []
         self.samplers: list[SamplerSettings] = []
         self.engine = SimpleNamespace(chosen=lambda: self.fed[-1][-1] + 1, has_logits=False)
+
+    def check_sampler(self, settings: SamplerSettings, may_change: bool = False) -> None:
+        settings.words(self.vocabulary)
 
     def set_sampler(self, settings: SamplerSettings) -> None:
         self.samplers.append(settings)
@@ -107,8 +113,11 @@ def test_a_run_can_be_stopped_before_any_token_and_between_two() -> None:
     assert run.reason == "interrupted"
     early = decoding.run([1], Limits(9))
     assert next(early) == 2
-    early.end("stop")
-    assert (early.reason, list(early)) == ("stop", [])
+    early.close()
+    assert (early.reason, list(early), early.ids) == ("interrupted", [], [2])
+    early.close()
+    run.close()
+    assert run.reason == "interrupted"
 
 
 def test_a_prompt_that_goes_on_from_what_the_caches_hold_is_not_fed_again() -> None:
@@ -129,12 +138,73 @@ def test_a_prompt_that_goes_on_from_what_the_caches_hold_is_not_fed_again() -> N
     assert session.fed[4:] == [[1, 2]]
 
 
-def test_a_run_ends_the_one_before() -> None:
-    decoding, _ = decoder()
+def test_a_run_is_written_before_another_begins() -> None:
+    decoding, session = decoder()
+    settings = SamplerSettings(temperature=0, seed=5)
+    first, second = decoding.run([1], Limits(6)), decoding.run([7], Limits(2, settings))
+    assert next(first) == 2
+    assert session.samplers == [GREEDY]  # a run that has not begun decides nothing for one that has
+    assert next(second) == 8
+    assert session.samplers == [GREEDY, settings]
+    assert first.ids == [2, 3, 4, 5, 6, 7]
+    assert next(first) == 3
+    assert list(second) == [9]
+    assert (list(first), first.reason, second.reason) == ([4, 5, 6, 7], "length", "length")
+
+
+def test_a_run_that_nobody_has_any_more_is_not_written() -> None:
+    decoding, session = decoder()
+    dropped = decoding.run([1], Limits(30))
+    assert next(dropped) == 2
+    del dropped
+    seen = len(session.seen)
+    assert list(decoding.run([7], Limits(1))) == [8]
+    assert len(session.seen) == seen
+
+
+def test_a_run_that_is_dropped_while_another_waits_for_it_is_not_written_on() -> None:
+    decoding, session = decoder(chunk=1)
+    runs = [decoding.run([1], Limits(40))]
+    assert next(runs[0]) == 2
+    fine = session.decode
+
+    def dropping(count: int) -> Iterator[list[int]]:
+        for tokens in fine(count):
+            if len(session.seen) == 5:
+                runs.clear()
+            yield tokens
+
+    session.decode = dropping  # type: ignore[method-assign]
+    assert list(decoding.run([7], Limits(1))) == [8]
+    assert len(session.seen) == 5
+
+
+def test_an_error_is_heard_by_who_reads_the_run_and_once() -> None:
+    decoding, session = decoder(chunk=1)
+    fine = session.decode
+
+    def failing(count: int) -> Iterator[list[int]]:
+        yield from islice(fine(count), None if session.fed[-1] == [7] else 3)
+        if session.fed[-1] != [7]:
+            raise UsageError("the model broke")
+
+    session.decode = failing  # type: ignore[method-assign]
     first, second = decoding.run([1], Limits(9)), decoding.run([7], Limits(2))
     assert next(first) == 2
     assert list(second) == [8, 9]
-    assert (list(first), first.reason, second.reason) == ([], "interrupted", "length")
+    assert [next(first), next(first)] == [3, 4]
+    with pytest.raises(UsageError, match="the model broke"):
+        next(first)
+    assert list(first) == []
+
+
+def test_the_model_is_not_asked_from_within_its_own_work() -> None:
+    decoding, _ = decoder()
+    inner = decoding.run([1], Limits(2))
+    run = decoding.run([5], Limits(3, cancelled=lambda: bool(list(inner))))
+    with pytest.raises(UsageError, match="from within its own work"):
+        next(run)
+    assert list(inner) == [2, 3]
 
 
 def test_what_cannot_run_is_refused_before_anything_is_fed() -> None:
@@ -171,13 +241,10 @@ class Listed:
     """A run of given tokens."""
 
     def __init__(self, tokens: list[int]) -> None:
-        self.tokens, self.reason = iter(tokens), ""
+        self.pieces, self.reason, self.turns = iter(tokens), "", Turns()
 
-    def __iter__(self) -> Iterator[int]:
-        return self.tokens
-
-    def end(self, reason: str) -> None:
-        self.reason = reason
+    def end(self) -> None:
+        self.reason = self.reason or "interrupted"
 
 
 def test_log_probabilities_are_given_for_tokens_that_are_given() -> None:
@@ -248,4 +315,5 @@ def test_text_is_not_held_back_longer_than_needed() -> None:
 def test_types_of_the_stand_ins_stay_true() -> None:
     """The stand-ins above have what the real ones have."""
     assert all(hasattr(Session, name) for name in ("set_sampler", "rewind", "feed", "decode", "context", "position"))
+    assert hasattr(Session, "check_sampler")
     assert hasattr(TokenRun, "end")
