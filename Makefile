@@ -13,13 +13,14 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: help demo test slow mutants lint gate pytest compiler clean
+.PHONY: help demo test slow mutants templates lint gate pytest compiler clean
 
 help:
 	@echo "make demo     compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
 	echo "make test     lint, types and every test that needs no GPU; WORKERS=N processes, at most 1.5 GB each"
 	echo "make slow     the tests that compile or fail for minutes; needs g++"
 	echo "make mutants  breaks a copy of the tree in ways that tests must notice; needs g++ and git, takes minutes"
+	echo "make templates TEMPLATES=FOLDER  published chat templates against what transformers writes of them"
 	echo "make lint     ruff and mypy"
 	echo "make gate     reports, claims and policy against each other"
 	echo "make clean    remove everything that make wrote"
@@ -39,6 +40,15 @@ slow: compiler .venv/installed-dev
 # Tests that do not fail when the code is wrong prove nothing: scripts/mutants/mutants.toml.
 mutants: compiler .venv/installed-dev
 	@$(VENV) scripts/mutants
+
+# Templates of others are not kept here: scripts/template_reference.py says where they are.
+TEMPLATES ?=
+templates: .venv/installed-dev
+	@test -n "$(TEMPLATES)" || {
+		echo "name a folder of templates: make templates TEMPLATES=FOLDER; scripts/template_reference.py says where" >&2
+		exit 1
+	}
+	$(VENV) scripts/template_reference.py check "$(TEMPLATES)"
 
 compiler:
 	@command -v g++ > /dev/null || {

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, overload
@@ -29,9 +29,11 @@ from .runtime.gguf.file import GgufFile
 from .runtime.tokenizer.bpe import Tokenizer
 from .session import Session, open_session
 from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
-from .text.prompt import BackgroundTokenizer
+from .text.messages import Message, checked, words_of
+from .text.prompt import BackgroundTokenizer, warnings_of
 from .text.sampler import SamplerSettings
-from .text.template import ChatTemplate, Message, check_messages
+from .text.template import ChatTemplate, read_template
+from .text.thinking import Marks, marks_of_chat, marks_of_text
 
 LONG_PROMPT = 512
 """Tokens of the prompt that a model is made ready for."""
@@ -62,10 +64,12 @@ class LanguageModel:
         allow_blocked_quantization: bool = False,
         expect_sha256: str | None = None,
         policy: str | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         warn: Warn | None = None,
         on_hash: Progress | None = None,
     ) -> None:
-        """See `psigraph.load`. options: without admit and check. warn: gets the policy's warnings; None: Python's."""
+        """See `psigraph.load`. options: without admit and check. warn: gets warnings; None: Python's."""
         if options.admit is not None or options.check is not None:
             raise TypeError("admit and check are the model's own")
         if policy not in (None, "medpsy"):
@@ -73,6 +77,8 @@ class LanguageModel:
         self._path = path
         self._tokenizer = BackgroundTokenizer()
         self._template: ChatTemplate | None = None
+        self._chat_template = read_template(chat_template) if isinstance(chat_template, os.PathLike) else chat_template
+        self._template_vars = dict(template_vars or {})
 
         def admit(file: GgufFile) -> None:
             # The digest of a file of gigabytes takes seconds, and only an expectation needs it here.
@@ -92,11 +98,9 @@ class LanguageModel:
             self._tokenizer.close()
             raise
         self.guard = guard_for(self.admission)
+        self._warn = warn or (lambda warning: warnings.warn(warning, UserWarning, stacklevel=4))
         for warning in self.admission.warnings:
-            if warn is None:
-                warnings.warn(warning, UserWarning, stacklevel=3)
-            else:
-                warn(warning)
+            self._warn(warning)
 
     def _open(self, options: SessionOptions) -> None:
         self.session = open_session(self._path, options)
@@ -144,7 +148,7 @@ class LanguageModel:
     def template(self) -> ChatTemplate:
         """The file's chat template; UnsupportedModelError if it has none."""
         if self._template is None:
-            self._template = ChatTemplate.of_file(self.session.model.file)
+            self._template = ChatTemplate.of_file(self.session.model.file, self._chat_template)
         return self._template
 
     def encode(self, text: str) -> list[int]:
@@ -196,7 +200,11 @@ class LanguageModel:
         limits = self._limits(max_new_tokens, sampling, logprobs=logprobs)
         if isinstance(prompt, str):
             self.ask_guard([{"role": "user", "content": prompt}])
-            return self._text(self.encode(prompt), limits, stop)
+            tokenizer = self.tokenizer
+            for warning in warnings_of(tokenizer, prompt):
+                self._warn(warning)
+            marks = marks_of_text(self.session.model.file, tokenizer)
+            return self._text(tokenizer.encode(prompt), limits, stop, marks)
         if stop:
             raise UsageError("stop looks for text; it does not go with token ids")
         if self.guard is not None:
@@ -209,27 +217,41 @@ class LanguageModel:
         max_new_tokens: int | None = None,
         *,
         thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         stop: Sequence[str] = (),
         cancelled: Callable[[], bool] | None = None,
         **sampling: Any,
     ) -> TextRun:
         """The assistant's next turn, in pieces. A conversation that goes on from the last one is not read again.
 
-        messages   dicts of role ("system", "user", "assistant", "tool") and content, oldest first.
-        thinking   switch the model's thinking, where its template can; None leaves it to the template.
-        cancelled  asked before every token; True ends the turn.
-        The rest, and what is raised, as for `generate`; also ModelFileError for a template that is broken.
+        messages       dicts of role ("system", "developer", "user", "assistant", "tool") and content, oldest first;
+                       with tool_calls, reasoning_content, name, lists of text parts: `text.messages.checked`.
+        thinking       switch the model's thinking, where its template can; None leaves it to the template.
+        tools          functions that the model may call, as JSON schemas, where its template knows such.
+        template_vars  further variables of the template, beside those of `psigraph.load`.
+        cancelled      asked before every token; True ends the turn.
+        The rest, and what is raised, as for `generate`; also ModelFileError for a template that is broken. The result's
+        `answer` is its text without what the model thought before, which is its `reasoning`.
         """
-        check_messages(messages)
+        messages = checked(messages)
         limits = self._limits(max_new_tokens, sampling, cancelled)
         self.ask_guard(messages)
-        ids = self.encode(self.template.render(messages, thinking))
+        tokenizer, template = self.tokenizer, self.template
+        prompt = template.render(
+            messages,
+            thinking,
+            tools=tools,
+            variables={**self._template_vars, **(template_vars or {})},
+            most_characters=self.context * tokenizer.longest_token,
+        )
+        ids = tokenizer.encode(prompt)
         if len(ids) > self.context:
             raise UsageError(
                 f"the conversation has {len(ids):,} tokens, the context holds {self.context:,}: begin anew "
                 "(/reset in a chat), or take a larger one (--ctx)"
             )
-        return self._text(ids, limits, stop)
+        return self._text(ids, limits, stop, marks_of_chat(self.session.model.file, tokenizer, template, prompt))
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`: float[len(ids), vocabulary], row i for the token that follows ids[i].
@@ -255,13 +277,14 @@ class LanguageModel:
         self._have(sampling=not sampler.greedy, logits=logprobs is not None)
         return limits
 
-    def _text(self, ids: Sequence[int], limits: Limits, stop: Sequence[str]) -> TextRun:
+    def _text(self, ids: Sequence[int], limits: Limits, stop: Sequence[str], marks: Marks) -> TextRun:
         if isinstance(stop, str):
             raise UsageError("stop is one string; give a list of strings")
-        return TextRun(self._decoder.run(ids, limits), self.tokenizer, stop, self.guard)
+        limits = replace(limits, end_tokens=marks.end_ids)
+        return TextRun(self._decoder.run(ids, limits), self.tokenizer, stop, self.guard, marks)
 
     def ask_guard(self, messages: Sequence[Message]) -> None:
-        """PolicyRefusal for the first of the user's or the system's messages that the guard refuses.
+        """PolicyRefusal for the first of the user's, the system's or a developer's messages that the guard refuses.
 
         `generate` and `chat` ask by themselves.
         """
@@ -269,13 +292,13 @@ class LanguageModel:
             return
         previous = ""
         for message in messages:
-            if message["role"] not in ("system", "user"):
+            if message["role"] not in ("system", "developer", "user"):
                 continue
-            asked = message["role"] == "user"
-            decision = self.guard.classify(message["content"], previous if asked else "")
+            asked, words = message["role"] == "user", words_of(message)
+            decision = self.guard.classify(words, previous if asked else "")
             if decision.refused:
                 raise PolicyRefusal(decision.message)
-            previous = message["content"] if asked else previous
+            previous = words if asked else previous
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""

@@ -22,6 +22,7 @@ from .options import MODEL_PATH, admission_options, backend_option, policy_optio
 from .sampling_options import new_seed, sampling_options
 from .shell import printable
 from .stages import stages
+from .template_options import template_options
 from .writing import write_pieces
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ REASONS = {
     metavar="FILE",
     help="Take the lines from a file and show them: a transcript.",
 )
+@template_options
 @sampling_options
 @backend_option()
 @run_options
@@ -71,6 +73,8 @@ def command(
     max_new_tokens: int | None,
     stop: tuple[str, ...],
     script: Path | None,
+    chat_template: str | None,
+    template_vars: dict[str, Any],
     sampling: dict[str, Any],
     options: SessionOptions,
     allow_blocked: bool,
@@ -100,6 +104,8 @@ def command(
             allow_blocked_quantization=allow_blocked,
             expect_sha256=expect_sha256,
             policy=policy,
+            chat_template=chat_template,
+            template_vars=template_vars,
             warn=lambda warning: click.echo(f"psigraph: warning: {warning}", err=True),
             on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
         )
@@ -108,7 +114,7 @@ def command(
         conversation = Conversation(opened, settings, system)
         # What cannot work with any question is said before the first one.
         opened.ask_guard(conversation.messages())
-        opened.template.render(conversation.messages("Hello"), settings.thinking)
+        opened.template.render(conversation.messages("Hello"), settings.thinking, variables=template_vars)
         Talk(conversation, notes_to_stdout=script is not None).run(entries(read))
 
 
@@ -178,7 +184,7 @@ class Talk:
             run = self._conversation.ask(question, cancelled.is_set)
             write_pieces(run)
         if run.reason != "interrupted" or run.text:
-            self._conversation.keep(question, run.text)
+            self._conversation.keep(question, run.answer, run.reasoning)
         self._note(f"[{speed(run, self._conversation.model.context)}]")
 
     def _note(self, text: str) -> None:

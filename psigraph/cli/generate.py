@@ -24,6 +24,7 @@ from .options import (
 )
 from .sampling_options import new_seed, sampling_options
 from .stages import stages
+from .template_options import template_options
 from .texts import STDIN, read_text, stdin_is_piped
 from .writing import showable, speaks_unicode, write_pieces
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..session import Session
     from ..text.generation import TokenRun
     from ..text.prompt import Prompt
+    from ..text.thinking import Marks
 
 EPILOG = """\b
 Only the continuation is written to stdout; everything else goes to stderr. Generation stops at the end tokens
@@ -56,6 +58,7 @@ Examples:
 @click.option("--chat", is_flag=True, help="Write the text as a user's turn, by the file's chat template.")
 @click.option("--system", metavar="TEXT", help="A system message before it; implies --chat.")
 @click.option("--thinking", type=click.Choice(["on", "off"]), help="Switch the model's thinking; implies --chat.")
+@template_options
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, metavar="N", help="Stop after N tokens."
 )
@@ -87,6 +90,8 @@ def command(
     chat: bool,
     system: str | None,
     thinking: str | None,
+    chat_template: str | None,
+    template_vars: dict[str, Any],
     max_new_tokens: int,
     stop: tuple[str, ...],
     output: str | None,
@@ -114,7 +119,8 @@ def command(
 
     StopStrings(stop)  # says what is wrong with one
     sampler = SamplerSettings(**{"seed": new_seed(), **sampling}) if sampling else GREEDY
-    asked = Request(text, ids, chat, system, None if thinking is None else thinking == "on")
+    thinks = None if thinking is None else thinking == "on"
+    asked = Request(text, ids, chat, system, thinks, chat_template, template_vars)
     admitted: list[Admission] = []
     with Prompt(asked, max_new_tokens, options.ctx) as request:
         with stages() as bars:
@@ -153,14 +159,18 @@ def command(
             session = open_session(model, options)
         with session:
             session.expect_prompt(len(request.ids))
-            tokens = Decoder(session).run(request.ids, Limits(max_new_tokens, sampler, logprobs=logprobs))
+            marks = request.marks()
+            for warning in request.warnings:
+                click.echo(f"psigraph: warning: {warning}", err=True)
+            limits = Limits(max_new_tokens, sampler, end_tokens=marks.end_ids, logprobs=logprobs)
+            tokens = Decoder(session).run(request.ids, limits)
             if as_json:
-                record = _record(tokens, request, admitted[0], session, stop)
+                record = _record(tokens, request, admitted[0], session, stop, marks)
                 if not sampler.greedy:
                     record["seed"] = sampler.seed
                 click.echo("".join(showable([json.dumps(record, ensure_ascii=not speaks_unicode())])))
             else:
-                pieces = _pieces(tokens, request, admitted[0], output, stop)
+                pieces = _pieces(tokens, request, admitted[0], output, stop, marks)
                 write_pieces(["".join(pieces)] if stream is False else pieces)
             if tokens.reason == "context":
                 click.echo(f"psigraph: {context_full(session)}", err=True)
@@ -206,7 +216,7 @@ def _prompt_text(prompt: str | None, file: str | None, ids: tuple[int, ...] | No
 
 
 def _pieces(
-    tokens: TokenRun, request: Prompt, admission: Admission, output: str | None, stop: tuple[str, ...]
+    tokens: TokenRun, request: Prompt, admission: Admission, output: str | None, stop: tuple[str, ...], marks: Marks
 ) -> Iterator[str]:
     """What goes to stdout: text with the policy's disclaimer, or ids."""
     from ..medpsy.guard import guard_for
@@ -217,11 +227,11 @@ def _pieces(
     if output == "ids" or tokenizer is None:
         yield from (f"{token} " for token in tokens)
         return
-    yield from TextRun(tokens, tokenizer, stop, guard_for(admission))
+    yield from TextRun(tokens, tokenizer, stop, guard_for(admission), marks)
 
 
 def _record(
-    tokens: TokenRun, request: Prompt, admission: Admission, session: Session, stop: tuple[str, ...]
+    tokens: TokenRun, request: Prompt, admission: Admission, session: Session, stop: tuple[str, ...], marks: Marks
 ) -> dict[str, Any]:
     """The JSON record; text is null where the file's tokenizer is of another kind."""
     from ..medpsy.guard import guard_for
@@ -233,13 +243,14 @@ def _record(
         for _ in tokens:
             pass
     else:
-        text = "".join(TextRun(tokens, tokenizer, stop))
+        text = "".join(TextRun(tokens, tokenizer, stop, marks=marks))
     guard = guard_for(admission)
     record: dict[str, Any] = {
         "text": text,
         "ids": tokens.ids,
         "prompt_ids": list(request.ids),
         "stopped_by": tokens.reason,
+        "end_tokens": [end.record() for end in marks.ends],
         "model": session.model.file.path.name,
         "backend": session.backend,
         "context": session.context,

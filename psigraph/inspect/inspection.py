@@ -193,8 +193,15 @@ def _model_facts(model: Model) -> dict[str, str]:
         "weights": f"{tier_of(tensor_types(model.file))}: {mix}" + (", synthetic" if record["synthetic"] else ""),
         "sizes": ", ".join(f"{name} {value}" for name, value in sizes.items() if isinstance(value, int)),
         "context": f"{model.binding.context_limit} at most",
+        "end tokens": _ends(record["end_tokens"]),
         "cache": f"{model.binding.kv_type}, {cache_bytes(model.graph()):,} bytes a position in all layers",
     }
+
+
+def _ends(ends: list[dict[str, Any]]) -> str:
+    """`151645 '<|im_end|>' (tokenizer.ggml.eos_token_id, its text)`."""
+    found = [f"{end['id']} {end['text'][:40]!a} ({', '.join(end['from'])})" for end in ends]
+    return "; ".join(found) or "none: a text ends at the limit"
 
 
 def _folder(path: Path, step: str) -> Inspected:

@@ -13,9 +13,9 @@ from ..api import LanguageModel
 from ..ir.errors import UsageError
 from ..json_file import read_json, write_json_atomically
 from .generation import TextRun
+from .messages import checked
 from .sampler import SamplerSettings
 from .stop_strings import StopStrings
-from .template import check_messages
 
 FORMAT = "psigraph chat 1"
 # What Qwen3's model card asks for; taking the likeliest token each time makes its thinking go round in circles.
@@ -116,9 +116,9 @@ class Conversation:
     model: LanguageModel
     settings: ChatSettings = field(default_factory=ChatSettings)
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
 
-    def messages(self, question: str | None = None) -> list[dict[str, str]]:
+    def messages(self, question: str | None = None) -> list[dict[str, Any]]:
         """For the template: the system message, the turns, the question."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         asked = [{"role": "user", "content": question}] if question is not None else []
@@ -142,9 +142,11 @@ class Conversation:
             **sampler,
         )
 
-    def keep(self, question: str, answer: str) -> None:
-        """Remember a turn of each."""
-        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    def keep(self, question: str, answer: str, reasoning: str = "") -> None:
+        """Remember a turn of each; what the model thought lies beside its answer, for the template to show or not."""
+        thought = {"reasoning_content": reasoning} if reasoning else {}
+        said = {"role": "assistant", "content": answer, **thought}
+        self.turns += [{"role": "user", "content": question}, said]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the conversation to a file, whole or not at all; OutputError where that fails."""
@@ -174,13 +176,12 @@ class Conversation:
             if not isinstance(turns, list) or not isinstance(system, str | None):
                 raise UsageError("it holds no messages")
             if turns:
-                check_messages(turns)
+                checked(turns)
             settings = ChatSettings.of_record(record.get("settings") or {})
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         self.model.ask_guard([*([{"role": "system", "content": system}] if system else []), *turns])
-        plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-        self.system, self.turns, self.settings = system, plain, settings
+        self.system, self.turns, self.settings = system, [dict(turn) for turn in turns], settings
 
     def reset(self) -> None:
         """Forget all turns; the system message and the settings stay."""

@@ -15,6 +15,7 @@ from ..runtime.tokenizer.bpe import Tokenizer
 from ..session import Session, check_ids
 from .sampler import SamplerSettings
 from .stop_strings import StopStrings
+from .thinking import NO_MARKS, Marks
 
 # Why a run ended.
 END, LENGTH, CONTEXT, STOP, INTERRUPTED = "end", "length", "context", "stop", "interrupted"
@@ -38,7 +39,8 @@ class Limits:
 
     max_new_tokens  None: as far as the context reaches.
     sampler         how tokens are drawn.
-    ignore_end      the file's end tokens end nothing and are given like others.
+    ignore_end      end tokens end nothing and are given like others.
+    end_tokens      further end tokens beside the file's, such as those with which a chat template ends turns.
     logprobs        how many of the likeliest tokens to tell at every step; None: no log probabilities. They need a
                     session with outputs=("logits",) and cost a copy of all logits a token.
     cancelled       asked before every token; True ends the run with the reason "interrupted".
@@ -47,6 +49,7 @@ class Limits:
     max_new_tokens: int | None = None
     sampler: SamplerSettings = GREEDY
     ignore_end: bool = False
+    end_tokens: frozenset[int] = frozenset()
     logprobs: int | None = None
     cancelled: Callable[[], bool] = lambda: False
 
@@ -160,11 +163,12 @@ class TokenRun(Iterator[int]):
         space = session.context - len(prompt) + 1  # the last token is chosen and never goes in
         count = space if limits.max_new_tokens is None else min(space, limits.max_new_tokens)
         told = limits.logprobs
+        ends = frozenset() if limits.ignore_end else limits.end_tokens.union(session.end_tokens)
         for token in self._decoded_tokens(count, began) if told is None else self._told_tokens(count, began, told):
             decoder.holds(token)
             if limits.cancelled():
                 self.reason = INTERRUPTED
-            elif token in session.end_tokens and not limits.ignore_end:
+            elif token in ends:
                 self.reason = END
             if self.reason:
                 del self.logprobs[len(self.ids) :]
@@ -216,19 +220,38 @@ def log_probability(logits: np.ndarray, token: int, likeliest: int) -> LogProbab
 class TextRun(Iterator[str]):
     """The text of a run in pieces, never half a character nor part of a stop string; control tokens are left out.
 
-    guard   the medical policy's: its disclaimer comes before the text.
-    tokens  the run below, with its ids and timings.
-    text    what the model wrote so far.
+    stop      strings before which the text ends; they are looked for in control tokens too.
+    guard     the medical policy's: its disclaimer comes before the text.
+    marks     which control tokens are shown all the same, and what in the text is thinking.
+    tokens    the run below, with its ids and timings.
+    text      what the model wrote so far.
     """
 
     def __init__(
-        self, tokens: TokenRun, tokenizer: Tokenizer, stop: Sequence[str] = (), guard: Guard | None = None
+        self,
+        tokens: TokenRun,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        guard: Guard | None = None,
+        marks: Marks = NO_MARKS,
     ) -> None:
         self.tokens = tokens
         self.text = ""
-        self._stream = tokenizer.stream(skip_special=True)
+        self._thinking = marks.thinking
+        self._tokenizer, self._hidden = tokenizer, tokenizer.special_tokens - marks.shown
+        self._stream = tokenizer.stream()
         self._stops = StopStrings(stop)
         self._pieces = self._generate() if guard is None else guard.stream(self._generate())
+
+    @property
+    def reasoning(self) -> str:
+        """What the model thought so far before it answered, without the markers around it."""
+        return self._thinking.split(self.text)[0] if self._thinking is not None else ""
+
+    @property
+    def answer(self) -> str:
+        """The text so far without the thinking before it."""
+        return self._thinking.split(self.text)[1] if self._thinking is not None else self.text
 
     @property
     def ids(self) -> list[int]:
@@ -254,7 +277,11 @@ class TextRun(Iterator[str]):
 
     def _generate(self) -> Iterator[str]:
         for token in self.tokens:
-            yield from self._shown(self._stops.push(self._stream.push(token)))
+            if token in self._hidden:
+                piece = self._stops.push(self._tokenizer.decode([token]), hidden=True)
+            else:
+                piece = self._stops.push(self._stream.push(token))
+            yield from self._shown(piece)
             if self._stops.found:
                 self.tokens.reason = STOP  # it may have been the last token that was allowed, too
                 self.tokens.end(STOP)

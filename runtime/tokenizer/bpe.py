@@ -22,7 +22,7 @@ from ...ir.errors import UnsupportedModelError, UsageError
 from ..gguf.file import GgufFile
 from ..gguf.strings import StringArray
 from .byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
-from .end_tokens import PREFIX, broken, ends_among, token_id
+from .end_tokens import PREFIX, broken, end_tokens, token_id
 
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -37,9 +37,9 @@ class Tokenizer:
     """Made from an open model file. Safe to use from several threads.
 
     vocab_size     number of tokens; ids are 0 to vocab_size - 1.
-    end_tokens     ids after which a text is over: eos, eot and eom of the file, and its padding and bos tokens where
-                   their text is an end of text.
+    end_tokens     ids after which a text is over: those that the file names, and control tokens whose text says so.
     special_tokens ids of control tokens (never part of a text): end of turn and the like.
+    longest_token  characters of the longest token: n tokens hold at most n times as many.
 
     Raises UnsupportedModelError for a tokenizer of another kind, naming the key; ModelFileError for a broken one.
     """
@@ -47,6 +47,7 @@ class Tokenizer:
     vocab_size: int
     end_tokens: tuple[int, ...]
     special_tokens: frozenset[int]
+    longest_token: int
 
     def __init__(self, file: GgufFile) -> None:
         _require_kind(file)
@@ -57,19 +58,34 @@ class Tokenizer:
         self._literal = frozenset(
             index for index, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
         )
-        self.end_tokens = ends_among(file, self._tokens)
+        self.end_tokens = end_tokens(file)
+        self.longest_token = max(map(len, self._tokens))
         self._start = _start_token(file, self.vocab_size)
         self._encoder = _encoder(file, self._tokens, kinds)
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; special tokens written in it become theirs. UsageError where it is not valid Unicode."""
+        """Ids of the text; special tokens written in it become theirs. UsageError where it is not valid Unicode.
+
+        The token that begins every text, where the file asks for one, stands there once, whether the text writes it
+        or not: chat templates do.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode at character {error.start}; give UTF-8 text") from None
         ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
-        return ids if self._start is None else [self._start, *ids]
+        return ids if self._start is None or ids[:1] == [self._start] else [self._start, *ids]
+
+    def writes_start(self, text: str) -> str:
+        """The token that begins every text by itself, where the text writes it too; else nothing."""
+        start = "" if self._start is None else self._tokens[self._start]
+        return start if start and text.startswith(start) else ""
+
+    def control_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        """Those of the control tokens that have one of these texts."""
+        wanted = frozenset(texts)
+        return frozenset(index for index in self.special_tokens if self._tokens[index] in wanted)
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """Exactly the bytes that the tokens stand for; they need not be whole characters.
