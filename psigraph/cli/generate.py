@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Only the continuation is written to stdout; everything else goes to stderr. Generation stops at the end tokens
-that the file names, at a --stop string, after N tokens, or where the context is full. Special tokens that the
+that `inspect` lists, at a --stop string, after N tokens, or where the context is full. Special tokens that the
 prompt spells out, such as <|im_start|>, are taken as such. Without a sampling option the likeliest token is
 taken each time; with any of them tokens are drawn, at temperature 0.8 unless it is given.
 

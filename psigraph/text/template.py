@@ -116,6 +116,7 @@ class ChatTemplate:
         `thinking`, `tools` and variables of which the template knows nothing; ModelFileError for a template that is
         broken, or needs more than it may have; OutputError where its process cannot run.
         """
+        most_characters = min(most_characters, OUTPUT_CHARACTERS)
         request = self.request(messages, thinking, tools, variables, most_characters)
         answer = _ask(request, self._named)
         text = answer.get("text")

@@ -47,7 +47,7 @@ def test_every_block_of_the_documents_example_prints_what_stands_below_it(
             if kind:
                 exec(code, names)
                 assert capsys.readouterr().out == ("" if shown_kind else shown)
-    assert sum(kind == "python" for kind, _ in blocks) == 8
+    assert sum(kind == "python" for kind, _ in blocks) == 9
 
 
 def test_token_ids_are_continued_by_token_ids(tiny: LanguageModel) -> None:

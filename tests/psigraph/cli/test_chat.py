@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import select
@@ -90,6 +91,26 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     ):
         assert said in shown.err
     assert "Traceback" not in shown.err
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n<think>"
+)
+
+
+def test_what_was_thought_lies_beside_the_answer_and_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    template, kept = tmp_path / "thinking.jinja", tmp_path / "chat.json"
+    template.write_text(THINKING)
+    talk(monkeypatch, f"{SAID}\n/save {kept}\n{SAID}\n", "--chat-template", str(template))
+    shown = capfd.readouterr()
+    thought = shown.out.splitlines()[0]
+    said = json.loads(kept.read_text())["messages"][1]
+    assert said == {"role": "assistant", "content": "", "reasoning_content": thought}
+    assert "; read 23 of 23;" in shown.err
+    assert " of 44; context" in shown.err  # two turns, and an answer of which nothing goes back
 
 
 def test_temperature_may_be_raised_in_the_middle(
