@@ -32,7 +32,7 @@ from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
 from .text.messages import Message, checked, words_of
 from .text.prompt import BackgroundTokenizer, warnings_of
 from .text.sampler import SamplerSettings
-from .text.template import ChatTemplate, read_template
+from .text.template import ChatTemplate, given_template
 from .text.thinking import Marks, marks_of_chat, marks_of_text
 
 LONG_PROMPT = 512
@@ -77,7 +77,7 @@ class LanguageModel:
         self._path = path
         self._tokenizer = BackgroundTokenizer()
         self._template: ChatTemplate | None = None
-        self._chat_template = read_template(chat_template) if isinstance(chat_template, os.PathLike) else chat_template
+        self._chat_template = None if chat_template is None else given_template(chat_template)
         self._template_vars = dict(template_vars or {})
 
         def admit(file: GgufFile) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,9 @@ Command = Callable[..., Any]
 
 def _text(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
     """A file's text, or a name as it is: which names there are, only the model knows."""
-    from ..text.template import read_template
+    from ..text.template import given_template
 
-    if value is None:
-        return None
-    if not value.strip():
-        raise click.BadParameter("the name is empty", context, option)
-    return read_template(value) if os.path.lexists(value) or os.sep in value else value
+    return None if value is None else given_template(value)
 
 
 def _variables(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:

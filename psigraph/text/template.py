@@ -178,6 +178,17 @@ class ChatTemplate:
         return ModelFileError(f"it cannot be rendered: {error}", self._named)
 
 
+def given_template(value: str | os.PathLike[str]) -> str:
+    """A template that a user gives, for `ChatTemplate.of_file`: what a file of this path holds, else the value itself,
+    a text or a name. UsageError as `read_template`."""
+    if isinstance(value, os.PathLike):
+        return read_template(value)
+    if not value.strip():
+        raise UsageError("--chat-template: the name is empty; give a file, or the name of one of the model's templates")
+    is_text = "{" in value or "\n" in value
+    return value if is_text or not (os.path.lexists(value) or os.sep in value) else read_template(value)
+
+
 def read_template(path: str | os.PathLike[str]) -> str:
     """A chat template out of a file; UsageError where it cannot be read, is no UTF-8 or empty, or is no template."""
     try:
@@ -217,8 +228,8 @@ def _variables(source: str, thinking: bool | None, given: Mapping[str, Any] | No
     """The template's variables that a user sets; UsageError for those of which it knows nothing."""
     found: dict[str, Any] = {}
     for name, value in (given or {}).items():
-        if not name.isidentifier() or name in _GIVEN:
-            raise UsageError(f"--template-var {name[:40]!r}: is no variable that can be set")
+        if not isinstance(name, str) or not name.isidentifier() or name in _GIVEN:
+            raise UsageError(f"--template-var {str(name)[:40]!r}: is no variable that can be set")
         if name not in source:
             raise UsageError(f"--template-var {name[:40]}: the model's chat template knows no such variable")
         found[name] = plain(value, f"--template-var {name}")
