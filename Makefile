@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: help demo test slow fuzz mutants signals lowest lint gate pytest compiler clean
+.PHONY: help demo test slow fuzz mutants signals lowest templates lint gate pytest compiler clean
 
 help:
 	@echo "make demo     compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
@@ -23,6 +23,7 @@ help:
 	echo "make signals  ends commands at 200 random moments and looks at what they leave; needs g++, takes minutes"
 	echo "make lowest   the tests with the lowest versions that pyproject.toml declares; needs g++ and a package index"
 	echo "make fuzz     wrong model files for SECONDS=240, none of which may bring more than one line"
+	echo "make templates TEMPLATES=FOLDER  published chat templates against what transformers writes of them"
 	echo "make lint     ruff and mypy"
 	echo "make gate     reports, claims and policy against each other"
 	echo "make clean    remove everything that make wrote"
@@ -61,6 +62,15 @@ lowest: compiler .venv/installed-dev
 	.make/lowest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
 		--constraint .make/lowest/requirements.txt
 	.make/lowest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu and not slow"
+
+# Templates of others are not kept here: scripts/template_reference.py says where they are.
+TEMPLATES ?=
+templates: .venv/installed-dev
+	@test -n "$(TEMPLATES)" || {
+		echo "name a folder of templates: make templates TEMPLATES=FOLDER; scripts/template_reference.py says where" >&2
+		exit 1
+	}
+	$(VENV) scripts/template_reference.py check "$(TEMPLATES)"
 
 compiler:
 	@command -v g++ > /dev/null || {

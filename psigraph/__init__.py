@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from .api import LanguageModel
     from .inspect.compilation import Compilation
@@ -51,6 +51,8 @@ def load(
     allow_blocked_quantization: bool = False,
     expect_sha256: str | None = None,
     policy: str | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
+    template_vars: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> LanguageModel:
     """A model, ready to write text: see `psigraph.api.LanguageModel` for its methods.
@@ -65,6 +67,8 @@ def load(
     outputs   ("logits",): be ready to give logits back; without it the first `logits` loads the model anew.
     allow_blocked_quantization, expect_sha256: as the command line's options of these names.
     policy    "medpsy": apply the medical policy to any model; MedPsy files bring it with them.
+    chat_template  another template than the file's default: a text, a path, or the name of one of the file's.
+    template_vars  further variables for it, such as {"enable_thinking": False}.
     options   further ones of `psigraph.options.SessionOptions`: prefill, graph, disable, cache_dtype, on_load, ...
 
     What the policy says about the file comes as UserWarning. Errors are those of `psigraph.ir.errors`: ModelFileError,
@@ -83,6 +87,8 @@ def load(
             allow_blocked_quantization=allow_blocked_quantization,
             expect_sha256=expect_sha256,
             policy=policy,
+            chat_template=chat_template,
+            template_vars=template_vars,
         )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -33,9 +33,11 @@ from .runtime.tokenizer.bpe import Tokenizer
 from .session import Session, check_ids, open_session
 from .text.file_sampling import published_sampling
 from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
-from .text.prompt import BackgroundTokenizer
+from .text.messages import Message, checked, words_of
+from .text.prompt import BackgroundTokenizer, warnings_of
 from .text.sampler import SamplerSettings
-from .text.template import ChatTemplate, Message, check_messages
+from .text.template import ChatTemplate, given_template
+from .text.thinking import Marks, marks_of_chat, marks_of_text
 
 LONG_PROMPT = 512
 """Tokens of the prompt that a model is made ready for."""
@@ -68,11 +70,13 @@ class LanguageModel:
         allow_blocked_quantization: bool = False,
         expect_sha256: str | None = None,
         policy: str | None = None,
+        chat_template: str | os.PathLike[str] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         warn: Warn | None = None,
         on_hash: Progress | None = None,
         reword: Callable[[PsigraphError], None] = reword,
     ) -> None:
-        """See `psigraph.load`. options: without admit and check. warn: gets the policy's warnings; None: Python's.
+        """See `psigraph.load`. options: without admit and check. warn: gets warnings; None: Python's.
         reword: makes errors speak of parameters; a command has none, since its options are named."""
         if options.admit is not None or options.check is not None:
             raise TypeError("admit and check are the model's own")
@@ -85,6 +89,8 @@ class LanguageModel:
         self._tokenizer = BackgroundTokenizer()
         self._template: ChatTemplate | None = None
         self._reword = reword
+        self._chat_template = None if chat_template is None else given_template(chat_template)
+        self._template_vars = dict(template_vars or {})
         admitted: list[Admission] = []  # no function that is kept may refer to the model: it would keep it
 
         def admit(file: GgufFile) -> None:
@@ -109,11 +115,9 @@ class LanguageModel:
         self.admission = admitted[0]
         self._decoder = Decoder(self._session, reword=reword)
         self.guard = guard_for(self.admission)
+        self._warn = warn or (lambda warning: warnings.warn(warning, UserWarning, stacklevel=4))
         for warning in self.admission.said:
-            if warn is None:
-                warnings.warn(warning, UserWarning, stacklevel=3)
-            else:
-                warn(warning)
+            self._warn(warning)
 
     def _opened(self, options: SessionOptions) -> Session:
         session = open_session(self._path, options)
@@ -173,7 +177,7 @@ class LanguageModel:
         """The file's chat template; UnsupportedModelError if it has none."""
         with self._asked() as session:
             if self._template is None:
-                self._template = ChatTemplate.of_file(session.model.file)
+                self._template = ChatTemplate.of_file(session.model.file, self._chat_template)
             return self._template
 
     @cached_property
@@ -235,7 +239,11 @@ class LanguageModel:
         with self._asked() as session:
             if isinstance(prompt, str):
                 self.ask_guard([{"role": "user", "content": prompt}])
-                return self._text(self.tokenizer.encode(prompt, session.context), limits, stop)
+                tokenizer = self.tokenizer
+                for warning in warnings_of(tokenizer, prompt):
+                    self._warn(warning)
+                marks = marks_of_text(session.model.file, tokenizer)
+                return self._text(tokenizer.encode(prompt, session.context), limits, stop, marks)
             ids = token_ids("prompt", prompt, "a text, or a list of token ids")
             if stop:
                 raise UsageError("stop looks for text; it does not go with token ids")
@@ -249,32 +257,57 @@ class LanguageModel:
         max_new_tokens: int | None = None,
         *,
         thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
         stop: Sequence[str] = (),
         cancelled: Callable[[], bool] | None = None,
         **sampling: Any,
     ) -> TextRun:
         """The assistant's next turn, in pieces. A conversation that goes on from the last one is not read again.
 
-        messages   dicts of role ("system", "user", "assistant", "tool") and content, oldest first.
-        thinking   switch the model's thinking, where its template can; None leaves it to the template.
-        cancelled  asked before every token; True ends the turn.
-        sampling   as for `generate`, beside what the file asks for (`published_sampling`).
-        The rest, and what is raised, as for `generate`; also ModelFileError for a template that is broken.
+        messages       dicts of role ("system", "developer", "user", "assistant", "tool") and content, oldest first;
+                       with tool_calls, reasoning_content, name, lists of text parts: `text.messages.checked`.
+        thinking       switch the model's thinking, where its template can; None leaves it to the template.
+        tools          functions that the model may call, as JSON schemas, where its template knows such.
+        template_vars  further variables of the template, beside those of `psigraph.load`.
+        cancelled      asked before every token; True ends the turn.
+        sampling       as for `generate`, beside what the file asks for (`published_sampling`).
+        The rest, and what is raised, as for `generate`; also ModelFileError for a template that is broken. The result's
+        `answer` is its text without what the model thought before, which is its `reasoning`.
         """
         require("messages", messages, Sequence, "a list of messages")
         if thinking is not None:
             require("thinking", thinking, bool, "True, False or None")
         limits = self._limits(max_new_tokens, {**self.published_sampling, **sampling}, cancelled)
         with self._asked() as session:
-            check_messages(messages)
+            messages = checked(messages)
             self.ask_guard(messages)
-            ids = self.tokenizer.encode(self.template.render(messages, thinking), session.context)
+            tokenizer, template = self.tokenizer, self.template
+            prompt = self.rendered(messages, thinking, tools, template_vars)
+            ids = tokenizer.encode(prompt, session.context)
             if len(ids) > session.context:
                 raise UsageError(
                     f"the conversation has {len(ids):,} tokens, the context holds {session.context:,}: begin anew "
                     f"(/reset in a chat){session.larger_context}"
                 )
-            return self._text(ids, limits, stop)
+            return self._text(ids, limits, stop, marks_of_chat(session.model.file, tokenizer, template, prompt))
+
+    def rendered(
+        self,
+        messages: Sequence[Message],
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_vars: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt that `chat` writes for the same."""
+        with self._asked() as session:
+            return self.template.render(
+                messages,
+                thinking,
+                tools=tools,
+                variables={**self._template_vars, **(template_vars or {})},
+                most_characters=session.context * self.tokenizer.longest_token,
+            )
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits after each of `ids`: float[len(ids), vocabulary], row i for the token that follows ids[i].
@@ -319,11 +352,12 @@ class LanguageModel:
     def _ready(self, limits: Limits) -> None:
         self._have(sampling=not limits.sampler.greedy, logits=limits.logprobs is not None)
 
-    def _text(self, ids: Sequence[int], limits: Limits, stop: Sequence[str]) -> TextRun:
-        return TextRun(self._run(ids, limits), self.tokenizer, texts("stop", stop), self.guard)
+    def _text(self, ids: Sequence[int], limits: Limits, stop: Sequence[str], marks: Marks) -> TextRun:
+        limits = replace(limits, end_tokens=marks.end_ids)
+        return TextRun(self._run(ids, limits), self.tokenizer, texts("stop", stop), self.guard, marks)
 
     def ask_guard(self, messages: Sequence[Message]) -> None:
-        """PolicyRefusal for the first of the user's or the system's messages that the guard refuses.
+        """PolicyRefusal for the first of the user's, the system's or a developer's messages that the guard refuses.
 
         `generate` and `chat` ask by themselves.
         """
@@ -331,13 +365,13 @@ class LanguageModel:
             return
         previous = ""
         for message in messages:
-            if message["role"] not in ("system", "user"):
+            if message["role"] not in ("system", "developer", "user"):
                 continue
-            asked = message["role"] == "user"
-            decision = self.guard.classify(message["content"], previous if asked else "")
+            asked, words = message["role"] == "user", words_of(message)
+            decision = self.guard.classify(words, previous if asked else "")
             if decision.refused:
                 raise PolicyRefusal(decision.message)
-            previous = message["content"] if asked else previous
+            previous = words if asked else previous
 
     def close(self) -> None:
         """Free everything; who reads a text that is not over hears why it ends. A second call does nothing."""

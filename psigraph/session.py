@@ -38,6 +38,7 @@ from .prefill import EXPLICIT, check_prefill, prefill_maker
 from .runtime.cuda.driver import OTHER_BACKENDS
 from .runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from .runtime.engine import FEWEST
+from .runtime.tables import END_TOKEN_SLOTS
 from .text.sampler import SamplerSettings
 
 if TYPE_CHECKING:
@@ -387,7 +388,7 @@ class _Opener:
                 program,
                 compiled,
                 model,
-                end_tokens=ends,
+                end_tokens=ends[:END_TOKEN_SLOTS],
                 graph=options.graph,
                 progress=options.on_load,
                 constants=self.constants,
@@ -430,7 +431,12 @@ class _Opener:
 
         options = self.options
         engine = NumpyEngine(
-            fused, model, ends, cache_dtype=options.cache_dtype, progress=options.on_load, constants=self.constants
+            fused,
+            model,
+            ends[:END_TOKEN_SLOTS],
+            cache_dtype=options.cache_dtype,
+            progress=options.on_load,
+            constants=self.constants,
         )
         self._engine_timings(engine.timings)
         if reason:

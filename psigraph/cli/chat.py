@@ -34,6 +34,7 @@ from .options import (
 )
 from .sampling_options import new_seed, sampling_options
 from .stages import stages
+from .template_options import template_options
 from .texts import stdin_is_piped
 from .waiting import Waiting
 from .word_wrap import whole_words
@@ -87,6 +88,7 @@ REASONS = {
     help="Keep what is typed for the arrow keys of later chats; PSIGRAPH_HISTORY=0 never does.",
 )
 @click.option("--wrap/--no-wrap", default=True, help="On a terminal, break lines between words.")
+@template_options
 @sampling_options
 @backend_option()
 @run_options
@@ -102,6 +104,8 @@ def command(
     script: Path | None,
     history: bool,
     wrap: bool,
+    chat_template: str | None,
+    template_vars: dict[str, Any],
     sampling: dict[str, Any],
     options: SessionOptions,
     allow_blocked: bool,
@@ -138,6 +142,8 @@ def command(
                 allow_blocked_quantization=allow_blocked,
                 expect_sha256=expect_sha256,
                 policy=policy,
+                chat_template=chat_template,
+                template_vars=template_vars,
                 warn=warnings.append,
                 on_hash=bars.bar(f"hashing {model.name}", in_bytes=True),
                 reword=lambda error: None,
@@ -150,7 +156,7 @@ def command(
         # What cannot work with any question is said before the first one.
         sampler.words(conversation.model.vocabulary)  # says which token of a bias there is not
         conversation.model.ask_guard(conversation.messages())
-        conversation.model.template.render(conversation.messages("Hello"), settings.thinking)
+        conversation.rendered("Hello")
         chat = Chat(conversation, lambda ctx: opened(replace(options, ctx=ctx), conversation.settings))
         with own_interrupts():
             Talk(chat, read, History(kept), script is not None, wrap).run()
@@ -264,7 +270,7 @@ class Talk:
             write_pieces(whole_words(pieces, shutil.get_terminal_size().columns) if self._wrap else pieces)
         answered = run.reason != "interrupted" or bool(run.text)
         if answered:
-            conversation.keep(question, run.text)
+            conversation.keep(question, run.answer, run.reasoning)
         self._note(f"[{speed(run, conversation.model.context)}]")
         return answered
 

@@ -14,7 +14,7 @@ from ..ir.errors import UsageError
 from ..options import SessionOptions
 from .begin_gpu import begin_gpu
 from .model_argument import model_argument
-from .notes import note, warn_of_file
+from .notes import note, warn, warn_of_file
 from .options import (
     TOKEN_COUNT,
     TOKEN_IDS,
@@ -26,6 +26,7 @@ from .options import (
 )
 from .sampling_options import new_seed, sampling_options
 from .stages import stages
+from .template_options import template_options
 from .texts import STDIN, read_text, stdin_is_piped
 from .waiting import Waiting
 from .writing import showable, speaks_unicode, write_pieces
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
     from ..session import Session
     from ..text.generation import TokenRun
     from ..text.prompt import Prompt
+    from ..text.thinking import Marks
 
 EPILOG = """\b
 Only the continuation is written to stdout; everything else goes to stderr. Generation stops at the end tokens
-that the file names, at a --stop string, after N tokens, or where the context is full. Special tokens that the
+that `inspect` lists, at a --stop string, after N tokens, or where the context is full. Special tokens that the
 prompt spells out, such as <|im_start|>, are taken as such. Without a sampling option the likeliest token is
 taken each time; with any of them tokens are drawn, at temperature 0.8 unless it is given. With --chat what the
 file asks for (general.sampling.*) is taken where no option says otherwise.
@@ -63,6 +65,7 @@ Examples:
 @click.option("--chat", is_flag=True, help="Write the text as a user's turn, by the file's chat template.")
 @click.option("--system", metavar="TEXT", help="A system message before it; implies --chat.")
 @click.option("--thinking", type=click.Choice(["on", "off"]), help="Switch the model's thinking; implies --chat.")
+@template_options
 @click.option(
     "-n",
     "--max-new-tokens",
@@ -100,6 +103,8 @@ def command(
     chat: bool,
     system: str | None,
     thinking: str | None,
+    chat_template: str | None,
+    template_vars: dict[str, Any],
     max_new_tokens: int,
     stop: tuple[str, ...],
     output: str | None,
@@ -127,7 +132,8 @@ def command(
     from ..text.stop_strings import StopStrings
 
     StopStrings(stop)  # says what is wrong with one
-    asked = Request(text, ids, chat, system, None if thinking is None else thinking == "on")
+    thinks = None if thinking is None else thinking == "on"
+    asked = Request(text, ids, chat, system, thinks, chat_template, template_vars)
     if asked.templated:
         sampling = {**file_sampling(model), **sampling}
     sampler = SamplerSettings(**{"seed": new_seed(), **sampling}) if sampling else GREEDY
@@ -175,15 +181,19 @@ def command(
                 return False
 
             session.expect_prompt(len(request.ids))
-            tokens = Decoder(session).run(request.ids, Limits(most, sampler, logprobs=logprobs, cancelled=cancelled))
+            marks = request.marks()
+            for warning in request.warnings:
+                warn(warning)
+            limits = Limits(most, sampler, end_tokens=marks.end_ids, logprobs=logprobs, cancelled=cancelled)
+            tokens = Decoder(session).run(request.ids, limits)
             if as_json:
-                record = _record(tokens, request, admitted[0], session, stop)
+                record = _record(tokens, request, admitted[0], session, stop, marks)
                 waiting.end()
                 if not sampler.greedy:
                     record["seed"] = sampler.seed
                 click.echo("".join(showable([json.dumps(record, ensure_ascii=not speaks_unicode())])))
             else:
-                pieces = _pieces(tokens, request, admitted[0], output, stop)
+                pieces = _pieces(tokens, request, admitted[0], output, stop, marks)
                 write_pieces(waiting.until_first(["".join(pieces)] if stream is False else pieces))
             if tokens.reason == "context":
                 note(f"psigraph: {context_full(session)}")
@@ -229,7 +239,7 @@ def _prompt_text(prompt: str | None, file: str | None, ids: tuple[int, ...] | No
 
 
 def _pieces(
-    tokens: TokenRun, request: Prompt, admission: Admission, output: str | None, stop: tuple[str, ...]
+    tokens: TokenRun, request: Prompt, admission: Admission, output: str | None, stop: tuple[str, ...], marks: Marks
 ) -> Iterator[str]:
     """What goes to stdout: text with the policy's disclaimer, or ids."""
     from ..medpsy.guard import guard_for
@@ -240,11 +250,11 @@ def _pieces(
     if output == "ids" or tokenizer is None:
         yield from (f"{token} " for token in tokens)
         return
-    yield from TextRun(tokens, tokenizer, stop, guard_for(admission))
+    yield from TextRun(tokens, tokenizer, stop, guard_for(admission), marks)
 
 
 def _record(
-    tokens: TokenRun, request: Prompt, admission: Admission, session: Session, stop: tuple[str, ...]
+    tokens: TokenRun, request: Prompt, admission: Admission, session: Session, stop: tuple[str, ...], marks: Marks
 ) -> dict[str, Any]:
     """The JSON record; text is null where the file's tokenizer is of another kind."""
     from ..medpsy.guard import guard_for
@@ -256,13 +266,14 @@ def _record(
         for _ in tokens:
             pass
     else:
-        text = "".join(TextRun(tokens, tokenizer, stop))
+        text = "".join(TextRun(tokens, tokenizer, stop, marks=marks))
     guard = guard_for(admission)
     record: dict[str, Any] = {
         "text": text,
         "ids": tokens.ids,
         "prompt_ids": list(request.ids),
         "stopped_by": tokens.reason,
+        "end_tokens": [end.record() for end in marks.ends],
         "model": session.model.file.path.name,
         "backend": session.backend,
         "context": session.context,

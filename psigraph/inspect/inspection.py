@@ -197,6 +197,7 @@ def _model_facts(model: Model) -> dict[str, str]:
         "sizes": ", ".join(f"{name} {value}" for name, value in sizes.items() if isinstance(value, int)),
         **({"padding": _padding(model)} if model.padding else {}),
         "context": f"{model.binding.context_limit} at most",
+        "end tokens": _ends(record["end_tokens"]),
         "cache": f"{model.binding.kv_type}, {cache_bytes(model.graph()):,} bytes a position in all layers",
     }
 
@@ -205,6 +206,12 @@ def _padding(model: Model) -> str:
     """Rows without a token, in words."""
     rows = ", ".join(f"{count:,} of {name}" for name, count in model.padding.items())
     return f"{rows}: rows without a token, left out; ids end at {model.binding.sizes['vocabulary'] - 1}"
+
+
+def _ends(ends: list[dict[str, Any]]) -> str:
+    """`151645 '<|im_end|>' (tokenizer.ggml.eos_token_id, its text)`."""
+    found = [f"{end['id']} {end['text'][:40]!a} ({', '.join(end['from'])})" for end in ends]
+    return "; ".join(found) or "none: a text ends at the limit"
 
 
 def _folder(path: Path, step: str, arch: str | None) -> Inspected:

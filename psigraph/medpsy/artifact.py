@@ -95,7 +95,10 @@ def admit_file(
 
 
 def artifact_record(model: Model) -> dict[str, Any]:
-    """For a report: name, parameters, block types of the matrices (tensors and bytes), synthetic or not."""
+    """For a report: name, parameters, block types of the matrices (tensors and bytes), synthetic or not, and the
+    tokens that end a text, with why."""
+    from ..text.thinking import ends_of_file
+
     tensors = model.file.tensors
     matrices = matrix_types(tensor_types(model.file))
     counts = Counter(matrices.values())
@@ -112,4 +115,5 @@ def artifact_record(model: Model) -> dict[str, Any]:
             kind: sum(tensors[name].nbytes for name, dtype in matrices.items() if dtype == kind)
             for kind in sorted(counts)
         },
+        "end_tokens": [end.record() for end in ends_of_file(model.file)],
     }

@@ -14,16 +14,16 @@ from ..api import LanguageModel
 from ..ir.errors import UsageError
 from ..json_file import read_json, write_json_atomically
 from .generation import TextRun
+from .messages import checked, words_of
 from .sampler import SamplerSettings
 from .stop_strings import StopStrings
-from .template import check_messages
 
 FORMAT = "psigraph chat 1"
 # What Qwen3's model card asks for; taking the likeliest token each time makes its thinking go round in circles.
 CHAT_SAMPLER = SamplerSettings(temperature=0.6, top_k=20, top_p=0.95, min_p=0.0)
 _OFF = ("none", "off", "default")
 
-Turns = list[dict[str, str]]
+Turns = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -124,15 +124,15 @@ class Conversation:
     @property
     def questions(self) -> list[str]:
         """What the user said, turn by turn, oldest first."""
-        return [turn["content"] for turn in self.turns if turn["role"] == "user"]
+        return [words_of(turn) for turn in self.turns if turn["role"] == "user"]
 
     def check(self, settings: ChatSettings) -> None:
         """UsageError for settings that no answer of this model could be made by."""
         settings.sampler.words(self.model.vocabulary)  # says which token of a bias there is not
         if settings.thinking is not None:
-            self.model.template.render(self.messages("Hello"), settings.thinking)
+            replace(self, settings=settings).rendered("Hello")
 
-    def messages(self, question: str | None = None) -> list[dict[str, str]]:
+    def messages(self, question: str | None = None) -> list[dict[str, Any]]:
         """For the template: the system message, the turns, the question."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         asked = [{"role": "user", "content": question}] if question is not None else []
@@ -155,16 +155,22 @@ class Conversation:
             **sampler,
         )
 
-    def keep(self, question: str, answer: str) -> None:
-        """Remember a turn of each."""
-        self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    def keep(self, question: str, answer: str, reasoning: str = "") -> None:
+        """Remember a turn of each; what the model thought lies beside its answer, for the template to show or not."""
+        thought = {"reasoning_content": reasoning} if reasoning else {}
+        said = {"role": "assistant", "content": answer, **thought}
+        self.turns += [{"role": "user", "content": question}, said]
+
+    def rendered(self, question: str) -> str:
+        """The prompt for the answer to a question."""
+        return self.model.rendered(self.messages(question), self.settings.thinking)
 
     def undo(self) -> str:
         """Forget the last turn, and give its question; UsageError where there is none."""
         last = max((index for index, turn in enumerate(self.turns) if turn["role"] == "user"), default=None)
         if last is None:
             raise UsageError("nothing was asked yet")
-        question = self.turns[last]["content"]
+        question = words_of(self.turns[last])
         self.turns = self.turns[:last]
         return question
 
@@ -188,7 +194,7 @@ class Conversation:
     def _tokens(self, dropped: int, question: str) -> int:
         """Of the prompt, without the oldest turns."""
         rest = replace(self, turns=self._without(dropped))
-        return len(self.model.encode(self.model.template.render(rest.messages(question), self.settings.thinking)))
+        return len(self.model.encode(rest.rendered(question)))
 
     def _without(self, count: int) -> Turns:
         starts = [index for index, turn in enumerate(self.turns) if turn["role"] == "user"]
@@ -222,13 +228,12 @@ class Conversation:
             if not isinstance(turns, list) or not isinstance(system, str | None):
                 raise UsageError("it holds no messages")
             if turns:
-                check_messages(turns)
+                checked(turns)
             settings = ChatSettings.of_record(record.get("settings") or {})
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
         self.model.ask_guard([*([{"role": "system", "content": system}] if system else []), *turns])
-        plain = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-        self.system, self.turns, self.settings = system, plain, settings
+        self.system, self.turns, self.settings = system, [dict(turn) for turn in turns], settings
 
     def reset(self) -> None:
         """Forget all turns; the system message and the settings stay."""

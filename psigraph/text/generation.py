@@ -17,6 +17,7 @@ from ..runtime.tokenizer.bpe import Tokenizer
 from ..session import Session, check_ids
 from .sampler import SamplerSettings
 from .stop_strings import StopStrings
+from .thinking import NO_MARKS, Marks
 from .turns import Turns, Written
 
 # Why a run ended.
@@ -41,7 +42,8 @@ class Limits:
 
     max_new_tokens  None: as far as the context reaches.
     sampler         how tokens are drawn.
-    ignore_end      the file's end tokens end nothing and are given like others.
+    ignore_end      end tokens end nothing and are given like others.
+    end_tokens      further end tokens beside the file's, such as those with which a chat template ends turns.
     logprobs        how many of the likeliest tokens to tell at every step; None: no log probabilities. They need a
                     session with outputs=("logits",) and cost a copy of all logits a token.
     cancelled       asked before every token; True ends the run with the reason "interrupted".
@@ -50,6 +52,7 @@ class Limits:
     max_new_tokens: int | None = None
     sampler: SamplerSettings = GREEDY
     ignore_end: bool = False
+    end_tokens: frozenset[int] = frozenset()
     logprobs: int | None = None
     cancelled: Callable[[], bool] = lambda: False
 
@@ -179,6 +182,7 @@ class TokenRun(Written[int]):
             session.feed(prompt[first : first + at_once])
         space = session.context - len(prompt) + 1  # the last token is chosen and never goes in
         count = space if limits.max_new_tokens is None else min(space, limits.max_new_tokens)
+        ends = frozenset() if limits.ignore_end else limits.end_tokens.union(session.end_tokens)
         if limits.logprobs is None:
             tokens = TokenRun._decoded_tokens(self, session, count, began)
         else:
@@ -187,7 +191,7 @@ class TokenRun(Written[int]):
             decoder.holds(token)
             if limits.cancelled():
                 self.reason = INTERRUPTED
-            elif token in session.end_tokens and not limits.ignore_end:
+            elif token in ends:
                 self.reason = END
             if self.reason:
                 del self.logprobs[len(self.ids) :]
@@ -237,18 +241,27 @@ def log_probability(logits: np.ndarray, token: int, likeliest: int) -> LogProbab
 class TextRun(Written[str]):
     """The text of a run in pieces, never half a character nor part of a stop string; control tokens are left out.
 
-    guard   the medical policy's: its disclaimer comes before the text.
-    tokens  the run below, with its ids and timings.
-    text    what the model wrote so far.
+    stop      strings before which the text ends; they are looked for in control tokens too.
+    guard     the medical policy's: its disclaimer comes before the text.
+    marks     which control tokens are shown all the same, and what in the text is thinking.
+    tokens    the run below, with its ids and timings.
+    text      what the model wrote so far.
     """
 
     def __init__(
-        self, tokens: TokenRun, tokenizer: Tokenizer, stop: Sequence[str] = (), guard: Guard | None = None
+        self,
+        tokens: TokenRun,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        guard: Guard | None = None,
+        marks: Marks = NO_MARKS,
     ) -> None:
         super().__init__(tokens.turns)
         self.tokens = tokens
         self.text = ""
-        self._stream = tokenizer.stream(skip_special=True)
+        self._thinking = marks.thinking
+        self._tokenizer, self._hidden = tokenizer, tokenizer.special_tokens - marks.shown
+        self._stream = tokenizer.stream()
         self._stops = StopStrings(stop)
         written = TextRun._generate(weakref.proxy(self))
         self.pieces = written if guard is None else guard.stream(written)
@@ -256,6 +269,16 @@ class TextRun(Written[str]):
     def was_ended(self) -> None:
         """Early: see `TokenRun.was_ended`."""
         self.tokens.end()
+
+    @property
+    def reasoning(self) -> str:
+        """What the model thought so far before it answered, without the markers around it."""
+        return self._thinking.split(self.text)[0] if self._thinking is not None else ""
+
+    @property
+    def answer(self) -> str:
+        """The text so far without the thinking before it."""
+        return self._thinking.split(self.text)[1] if self._thinking is not None else self.text
 
     @property
     def ids(self) -> list[int]:
@@ -278,7 +301,11 @@ class TextRun(Written[str]):
 
     def _generate(self) -> Generator[str, None, None]:
         for token in self.tokens.pieces:
-            yield from self._shown(self._stops.push(self._stream.push(token)))
+            if token in self._hidden:
+                piece = self._stops.push(self._tokenizer.decode([token]), hidden=True)
+            else:
+                piece = self._stops.push(self._stream.push(token))
+            yield from self._shown(piece)
             if self._stops.found:
                 self.tokens.reason = STOP  # it may have been the last token that was allowed, too
                 self.tokens.end()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from ..build import Model
 from ..ir.errors import PolicyRefusal, UnsupportedModelError, UsageError
 from ..medpsy.guard import guard_for
 from ..medpsy.policy import Admission
+from ..runtime.gguf.file import GgufFile
 from ..runtime.tokenizer.bpe import Tokenizer
+from ..runtime.tokenizer.end_tokens import named_end_tokens
 from .template import ChatTemplate
+from .thinking import Marks, marks_of_chat, marks_of_text
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class Request:
     chat      write the text as a user's turn, as the file's chat template says; system and thinking imply it.
     system    a system message before it.
     thinking  what the template calls enable_thinking; None leaves it to the template.
+    template  another one than the file's default: the name of one of the file's, or a text; implies chat, as do
+              variables, further ones for it by name.
 
     UsageError names options that do not go together.
     """
@@ -31,6 +37,8 @@ class Request:
     chat: bool = False
     system: str | None = None
     thinking: bool | None = None
+    template: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.text is not None and self.ids is not None:
@@ -38,13 +46,21 @@ class Request:
         if not self.text and not self.ids:
             raise UsageError("the prompt is empty: give at least one token")
         if self.ids is not None and self.templated:
-            named = "--system" if self.system is not None else "--chat" if self.chat else "--thinking"
+            given = {
+                "--system": self.system is not None,
+                "--chat": self.chat,
+                "--thinking": self.thinking is not None,
+                "--chat-template": self.template is not None,
+                "--template-var": bool(self.variables),
+            }
+            named = next(option for option, there in given.items() if there)
             raise UsageError(f"{named} writes a text as a chat; it goes with --prompt, not with --prompt-token-ids")
 
     @property
     def templated(self) -> bool:
         """Whether the chat template is applied."""
-        return self.chat or self.system is not None or self.thinking is not None
+        given = (self.system, self.thinking, self.template)
+        return self.chat or bool(self.variables) or any(one is not None for one in given)
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation, for the template."""
@@ -85,10 +101,21 @@ class BackgroundTokenizer:
         self._pool.shutdown(wait=True)
 
 
+def warnings_of(tokenizer: Tokenizer, text: str) -> list[str]:
+    """What the user should know about a plain prompt."""
+    start = tokenizer.writes_start(text)
+    if not start:
+        return []
+    return [f"the prompt begins with {start}, which the model's file puts there by itself; it is taken once"]
+
+
 class Prompt:
     """A request's ids, and the tokenizer for the answer.
 
-    Pass `positions` and `check` to `open_session`, then ask for `ids` and `tokenizer`. Use it in a `with` statement.
+    Pass `positions` and `check` to `open_session`, then ask for `ids`, `marks` and `tokenizer`. Use it in a `with`
+    statement.
+
+    warnings  what the user should know about the prompt, once `ids` are there.
     """
 
     def __init__(self, request: Request, max_new_tokens: int, ctx: int | None = None) -> None:
@@ -98,8 +125,11 @@ class Prompt:
         self.request = request
         self.tokenizer = BackgroundTokenizer()
         self._new, self._ctx = max_new_tokens, ctx
+        self.warnings: list[str] = []
         self._template: ChatTemplate | None = None
-        self._most: int | None = None
+        self._written = ""
+        self._most = 0
+        self._file: GgufFile | None = None
         self._ids = tuple(request.ids) if request.ids is not None else None
 
     def positions(self, model: Model) -> int:
@@ -109,14 +139,14 @@ class Prompt:
         """
         self.tokenizer.start(model)
         request, limit = self.request, model.binding.context_limit
+        self._file, self._most = model.file, self._ctx if self._ctx is not None else limit
         if request.templated:
-            self._template = ChatTemplate.of_file(model.file)
+            self._template = ChatTemplate.of_file(model.file, request.template)
         elif request.text is not None:
             bound = len(request.text.encode("utf-8", "surrogatepass")) + 1 + self._new  # no token has less than a byte
             if bound <= int(model.binding.sizes["context"]):
                 return 1
-        self._most = most = self._ctx if self._ctx is not None else limit
-        count = len(self.ids)
+        count, most = len(self.ids), self._most
         if count > most:
             if self._ctx is None:
                 raise UsageError(
@@ -142,11 +172,26 @@ class Prompt:
     def ids(self) -> tuple[int, ...]:
         """The prompt's token ids."""
         if self._ids is None:
-            text = self.request.text or ""
+            request, text, tokenizer = self.request, self.request.text or "", self.tokenizer.get()
             if self._template is not None:
-                text = self._template.render(self.request.messages(), self.request.thinking)
-            self._ids = tuple(self.tokenizer.get().encode(text, self._most))
+                most = self._most * tokenizer.longest_token
+                text = self._template.render(
+                    request.messages(), request.thinking, variables=request.variables, most_characters=most
+                )
+            else:
+                self.warnings += warnings_of(tokenizer, text)
+            self._written, self._ids = text, tuple(tokenizer.encode(text, self._most))
         return self._ids
+
+    def marks(self) -> Marks:
+        """What in the answer is not simply text: where it ends, what is thinking."""
+        file, tokenizer = self._file, self.tokenizer.get_or_none()
+        assert file is not None, "open the model first"
+        if tokenizer is None:
+            return Marks(named_end_tokens(file))
+        if self._template is None:
+            return marks_of_text(file, tokenizer)
+        return marks_of_chat(file, tokenizer, self._template, self._written)
 
     def __enter__(self) -> Prompt:
         return self

@@ -10,7 +10,8 @@ from ..ir.errors import UsageError
 class StopStrings:
     """Give it the pieces of a text; it gives back what may be shown.
 
-    The text ends before the first stop string that is complete; what could still become one is held back.
+    The text ends before the first stop string that is complete; what could still become one is held back. Hidden
+    pieces, those of control tokens, are looked at like others and never given back.
     """
 
     def __init__(self, strings: Sequence[str] = ()) -> None:
@@ -18,30 +19,35 @@ class StopStrings:
         if any(not string for string in strings):
             raise UsageError("a stop string is empty: give at least one character")
         self._strings = tuple(strings)
-        self._held = ""
+        self._held, self._hidden = "", b""  # a byte a character: 1 where it is never shown
         self.found = ""
 
-    def push(self, piece: str) -> str:
+    def push(self, piece: str, hidden: bool = False) -> str:
         """What of the text is safe to show now. After a stop string, in `found`, nothing is."""
         if self.found:
             return ""
         if not self._strings:
-            return piece
-        text = self._held + piece
+            return "" if hidden else piece
+        text, marks = self._held + piece, self._hidden + bytes([hidden]) * len(piece)
         # The first to be complete; of those that end together the longest, so that nothing depends on the pieces.
         ends = [(text.find(string) + len(string), -len(string), string) for string in self._strings if string in text]
         if ends:
             end, length, self.found = min(ends)
-            self._held = ""
-            return text[: end + length]
-        kept = max(_overlap(text, string) for string in self._strings)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+            self._held, self._hidden = "", b""
+            return _shown(text[: end + length], marks)
+        safe = len(text) - max(_overlap(text, string) for string in self._strings)
+        self._held, self._hidden = text[safe:], marks[safe:]
+        return _shown(text[:safe], marks)
 
     def finish(self) -> str:
         """What was held back and became no stop string."""
-        held, self._held = self._held, ""
-        return held
+        shown = _shown(self._held, self._hidden)
+        self._held, self._hidden = "", b""
+        return shown
+
+
+def _shown(text: str, marks: bytes) -> str:
+    return "".join(letter for letter, hidden in zip(text, marks, strict=False) if not hidden)
 
 
 def _overlap(text: str, string: str) -> int:

@@ -73,6 +73,38 @@ def test_chat_writes_as_the_file_says_and_reads_nothing_twice(tiny: LanguageMode
     assert more.timings()["reused_tokens"] >= 19 + 4
 
 
+OWN = (
+    "{{ tools | tojson if tools else 'none' }}|{{ mood }}|{% for m in messages %}"
+    "{{ m.role }}={{ m.content.split('</think>')[-1] }}{{ m.tool_calls | length if m.tool_calls }}{{ m.name }}"
+    "{% if not loop.last %}<|im_end|>{% endif %}{% endfor %}<think>"
+)
+
+
+def test_a_chat_has_tools_variables_and_a_template_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(OWN)
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    talk = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": "A", "name": "Ada"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "B", "name": "f"},
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = psigraph.load(Q4, "cpu", ctx=128, chat_template=tmp_path / "own.jinja", template_vars={"mood": "glad"})
+    with model:
+        answer = model.chat(talk, 4, tools=[{"name": "f"}])
+        assert "".join(answer) == answer.reasoning
+        assert answer.answer == ""
+        written = model.decode(model._decoder._held)
+        assert written.startswith(
+            '[{"name": "f"}]|glad|developer=Be brief.<|im_end|>user=AAda<|im_end|>assistant=1<|im_end|>tool=Bf<think>'
+        )
+        # Both hold for one answer, and the model's own for the rest.
+        list(model.chat(talk[1:2], 1, template_vars={"mood": "sad"}))
+        assert model.decode(model._decoder._held).startswith("none|sad|user=AAda<think>")
+
+
 def test_logits_are_the_references_and_leave_the_model_usable(tiny: LanguageModel) -> None:
     ids, wanted = reference_logits(Q4)
     found = tiny.logits(ids[:12])
@@ -212,9 +244,13 @@ def test_the_guard_reads_a_request_with_the_users_turn_before_it_and_with_no_oth
 
     model: Any = object.__new__(LanguageModel)
     model.guard = Watching()
-    roles = ("system", "user", "assistant", "tool", "user")
+    roles = ("system", "user", "assistant", "tool", "user", "developer")
     model.ask_guard([{"role": role, "content": f"{index} {role}"} for index, role in enumerate(roles)])
-    assert Watching.seen == [("0 system", ""), ("1 user", ""), ("4 user", "1 user")]
+    seen = [("0 system", ""), ("1 user", ""), ("4 user", "1 user"), ("5 developer", "")]
+    assert Watching.seen == seen
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    model.ask_guard([{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [{}]}])
+    assert Watching.seen == [*seen, ("a\nb", "")]
 
 
 def test_texts_of_megabytes_are_refused_before_the_library_panics(

@@ -38,6 +38,9 @@ def test_a_report_of_the_cpu_path(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert all(run["model_artifact_sha256"] == Q4_SHA256 for run in report["runs"])
     assert all(0 < run["decode_ms"] < run["total_ms"] for run in report["runs"])  # the prompt is not generation
     assert report["artifact"]["quant_mix"] == {"q4_k": 48, "q6_k": 9}
+    assert [(end["id"], end["from"][-1]) for end in report["artifact"]["end_tokens"]] == [
+        (4095, "the chat template ends turns with it"), (4093, "its text")
+    ]  # fmt: skip
     assert (report["artifact"]["synthetic"], report["artifact"]["admitted"]) == (False, False)
     assert report["timings"]["load_ms"] > 0
     assert report["timings"]["start_to_first_token_ms"] > report["timings"]["first_token_ms"]

@@ -157,18 +157,38 @@ def test_an_answer_asked_for_again_that_does_not_come_leaves_the_old_one(
 def test_a_context_that_is_no_good_leaves_the_one_before(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    opened = api.LanguageModel._open
+    opened = api.LanguageModel._opened
 
-    def refuse(self: Any, options: SessionOptions) -> None:
+    def refuse(self: Any, options: SessionOptions) -> Any:
         if options.ctx == 64:
             raise OutOfMemoryError("64 positions do not fit")
-        opened(self, options)
+        return opened(self, options)
 
-    monkeypatch.setattr(api.LanguageModel, "_open", refuse)
+    monkeypatch.setattr(api.LanguageModel, "_opened", refuse)
     talk(monkeypatch, f"/set ctx 64\n/set ctx\n{SAID}\n")
     shown = capfd.readouterr()
     assert "psigraph: ctx stays 128: 64 positions do not fit\nctx 128\n" in shown.err
     assert len(shown.out.splitlines()) == 1
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n<think>"
+)
+
+
+def test_what_was_thought_lies_beside_the_answer_and_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    template, kept = tmp_path / "thinking.jinja", tmp_path / "chat.json"
+    template.write_text(THINKING)
+    talk(monkeypatch, f"{SAID}\n/save {kept}\n{SAID}\n", "--chat-template", str(template))
+    shown = capfd.readouterr()
+    thought = shown.out.splitlines()[0]
+    said = json.loads(kept.read_text())["messages"][1]
+    assert said == {"role": "assistant", "content": "", "reasoning_content": thought}
+    assert "; read 23 of 23;" in shown.err
+    assert " of 44; context" in shown.err  # two turns, and an answer of which nothing goes back
 
 
 def test_temperature_may_be_raised_in_the_middle(

@@ -315,6 +315,8 @@ def test_the_overview(compiled: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for part in ("8,919,296 parameters", "Q4_K_M: 48 q4_k, 9 q6_k", "head_dim 128", "merge_qkv", "rope_attention"):
         assert part in shown
     assert "f16, 8,192 bytes a position in all layers" in shown
+    ends = "4095 '<|im_end|>' (tokenizer.ggml.eos_token_id, its text, the chat template ends turns with it)"
+    assert f"end tokens     {ends}; 4093 '<|endoftext|>' (its text)\n" in shown
     assert "and 8,192 bytes of cache" in shown
     assert run(["inspect", str(compiled)]) == 0
     assert "sm_90a" in capsys.readouterr().out

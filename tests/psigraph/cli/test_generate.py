@@ -152,6 +152,44 @@ def test_log_probabilities_are_those_of_the_models_own_logits(
         assert told["likeliest"][0]["logprob"] == pytest.approx(values.max())
 
 
+EOS, BOS = b"tokenizer.ggml.eos_token_id\x04\0\0\0", b"tokenizer.ggml.add_bos_token\x07\0\0\0"
+
+
+def test_a_fine_tune_that_names_another_end_than_its_turns_have_ends_all_the_same(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its eos is <|endoftext|>, as its base model's; what it writes is <|im_end|>."""
+    model = changed(tmp_path / "m.gguf", EOS + b"\xff\x0f", EOS + b"\xfd\x0f")
+    prompt, greedy, _ = reference_greedy(Q4, "one_token")
+    ids = ",".join(map(str, prompt))
+    assert run(["generate", str(model), "--prompt-token-ids", ids, "--max-new-tokens", "64", "--json"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert (record["stopped_by"], record["ids"]) == ("end", greedy[: greedy.index(4095)])
+    assert record["end_tokens"] == [
+        {"id": 4093, "text": "<|endoftext|>", "from": ["tokenizer.ggml.eos_token_id", "its text"]},
+        {"id": 4095, "text": "<|im_end|>", "from": ["its text"]},
+    ]
+
+
+def test_a_prompt_begins_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = changed(tmp_path / "m.gguf", BOS + b"\0", BOS + b"\1")
+    for prompt, warned in (("The whale", False), ("<|endoftext|>The whale", True)):
+        assert run(["generate", str(model), "--prompt", prompt, "--max-new-tokens", "1", "--json"]) == 0
+        shown = capfd.readouterr()
+        assert json.loads(shown.out)["prompt_ids"] == [4093, 2633, 1384]
+        assert ("warning: the prompt begins with <|endoftext|>, which" in shown.err) is warned
+
+
+def test_a_template_and_its_variables_may_be_given(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[0].content }}{{ effort }}{{ {'a': n} | tojson }}<|im_start|>")
+    given = ["--chat-template", str(template), "--template-var", "effort=high", "--template-var", "n=[1]"]
+    assert run(["generate", str(Q4), "--prompt", "Hi ", *given, "--max-new-tokens", "1", "--json"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    with open_gguf(Q4) as file:
+        assert Tokenizer(file).decode(record["prompt_ids"]) == 'Hi high{"a": [1]}<|im_start|>'
+
+
 def test_a_stop_string_ends_the_text_before_it(capfd: pytest.CaptureFixture[str]) -> None:
     given = ["generate", str(Q4), "--prompt", "The whale", "--max-new-tokens", "16"]
     assert run([*given, "--no-stream"]) == 0
@@ -219,6 +257,12 @@ def test_a_seed_gives_its_text_again(capfd: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "a", "--json", "--logprobs", "101"], 2, "--logprobs"),
         (["--prompt", "a", "--stop", "b", "--output", "ids"], 2, "does not go with --output ids"),
         (["--prompt", "a", "--stop", ""], 2, "stop string is empty"),
+        (["--prompt", "a", "--chat-template", "rag"], 2, "is no file, and no chat template of this name"),
+        (["--prompt", "a", "--chat-template", "no/where.jinja"], 2, "no/where.jinja: cannot be read: No such file"),
+        (["--prompt", "a", "--chat-template", ""], 2, "the name is empty"),
+        (["--prompt", "a", "--template-var", "effort=high"], 2, "the model's chat template knows no such variable"),
+        (["--prompt", "a", "--template-var", "high"], 2, "'high': give a name and a value"),
+        (["--prompt-token-ids", "5", "--template-var", "a=1"], 2, "--template-var writes a text as a chat"),
         (["--prompt", "a", "--temperature", "-1"], 2, "--temperature"),
         (["--prompt", "a", "--top-p", "1.5"], 2, "--top-p"),
         (["--prompt", "a", "--seed", "x"], 2, "--seed"),

@@ -115,11 +115,14 @@ def test_a_setting_that_cannot_be(name: str, text: str, named: str) -> None:
 def test_a_conversation_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     sampler = SamplerSettings(temperature=0.5, logit_bias={3: -math.inf, 4: 1.5}, seed=9)
     talk, _ = conversation(settings=ChatSettings(sampler, 5, True, ("a", "b")), system="Sei knapp ☃.")
-    talk.keep("Frage", "Antwort\n")
+    talk.keep("Frage", "Antwort\n", "Gedanke")
+    talk.keep("Und?", "So.")
     talk.save(tmp_path / "chat.json")
     other, _ = conversation()
     other.load(tmp_path / "chat.json")
     assert (other.system, other.turns, other.settings) == (talk.system, talk.turns, talk.settings)
+    assert other.turns[1] == {"role": "assistant", "content": "Antwort\n", "reasoning_content": "Gedanke"}
+    assert other.turns[3] == {"role": "assistant", "content": "So."}
     with pytest.raises(OutputError):
         talk.save(tmp_path)
 

@@ -27,7 +27,6 @@ class Counting:
     """A session whose model counts upwards: after token n comes n + 1. Its engine runs ahead, as a GPU's does."""
 
     backend, vocabulary, end_tokens, fed_at_once = "cuda", 256, (250,), 512
-    larger_context = ", or give a larger --ctx"
     larger_context = ""
 
     def __init__(self, context: int = 64, chunk: int = 4) -> None:
@@ -283,6 +282,34 @@ def test_a_stop_string_may_lie_across_tokens(tokenizer: Tokenizer) -> None:
     assert run.reason == "stop"
     assert "".join(text_run(tokenizer, tokenizer.encode("The whale"), ["ale!"])) == "The whale"
     assert list(text_run(tokenizer, tokenizer.encode("The whale"), ["The"])) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown"),
+    [
+        ("The whale<|im_start|>user", "<|im_start|>", "The whale"),
+        ("The whale<|im_start|>user", "<|im_start|>user", "The whale"),
+        ("The whale<|im_start|>use", "<|im_start|>user", "The whaleuse"),
+        ("The <|im_start|>whale", "ale", "The wh"),
+        ("The <|im_start|>whale", "unheard", "The whale"),
+        ("é<|endoftext|>", "<|endoftext|>", "é"),
+    ],
+)
+def test_a_stop_string_may_be_a_control_token_or_hold_one(
+    tokenizer: Tokenizer, text: str, stop: str, shown: str
+) -> None:
+    run = text_run(tokenizer, tokenizer.encode(text), [stop])
+    assert "".join(run) == run.text == shown
+    assert run.reason == ("stop" if stop in text else "")
+
+
+def test_a_chats_own_end_tokens_end_it_beside_the_files() -> None:
+    runs = decoder()[0]
+    ended = runs.run([1, 2], Limits(end_tokens=frozenset({5, 9})))
+    assert (list(ended), ended.reason) == ([3, 4], "end")
+    kept = runs.run([1, 2], Limits(8, end_tokens=frozenset({5, 9}), ignore_end=True))
+    assert (list(kept), kept.reason) == (list(range(3, 11)), "length")
+    assert list(runs.run([247], Limits(end_tokens=frozenset({5})))) == [248, 249]
 
 
 LETTERS = st.text("ab", max_size=12)

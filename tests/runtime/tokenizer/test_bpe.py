@@ -13,7 +13,7 @@ from psigraph.ir.errors import ModelFileError, UnsupportedModelError, UsageError
 from psigraph.runtime.gguf.file import open_gguf
 from psigraph.runtime.tokenizer.bpe import Tokenizer
 from psigraph.runtime.tokenizer.byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
-from psigraph.runtime.tokenizer.end_tokens import end_tokens
+from psigraph.runtime.tokenizer.end_tokens import BY_TEMPLATE, BY_TEXT, END_TEXTS, end_tokens, named_end_tokens
 
 TINY = Path(__file__).parents[3] / "fixtures" / "tiny"
 
@@ -115,22 +115,64 @@ def test_text_is_not_normalized(tokenizer):
     assert tokenizer.encode("e\u0301") != tokenizer.encode("\u00e9")
 
 
-def test_end_tokens_come_from_the_file(metadata):
-    def ends(**changes):
-        return end_tokens(a_file(metadata, **changes))
+# What a file says of its end tokens beside <|im_end|> (4095), <|im_start|> (4094) and <|endoftext|> (4093), all control
+# tokens -> the ids that end a text, with the keys or "its text" for each. eos = pad = <|endoftext|> is what a fine-tune
+# of a base model carries, whose turns end with <|im_end|>.
+EOS, EOT, ALL, TEXT = "eos_token_id", "eot_token_id", "eos_token_ids", BY_TEXT
+ENDS = [
+    ({}, {4095: [EOS, TEXT], 4093: [TEXT]}),
+    ({"eos_token_id": 4093}, {4093: [EOS, TEXT], 4095: [TEXT]}),
+    ({"eos_token_id": None, "padding_token_id": None, "bos_token_id": None}, {4093: [TEXT], 4095: [TEXT]}),
+    ({"padding_token_id": 5, "bos_token_id": 4094}, {4095: [EOS, TEXT], 4093: [TEXT]}),
+    ({"eot_token_id": 4094}, {4095: [EOS, TEXT], 4094: [EOT], 4093: [TEXT]}),
+    ({"eos_token_ids": np.array([4094, 4095])}, {4095: [EOS, ALL, TEXT], 4094: [ALL], 4093: [TEXT]}),
+    ({"eos_token_ids": [17]}, {4095: [EOS, TEXT], 17: [ALL], 4093: [TEXT]}),
+]
 
-    assert ends() == (4095, 4093)
-    assert Tokenizer(a_file(metadata)).end_tokens == (4095, 4093)
-    assert ends(padding_token_id=None, bos_token_id=None) == (4095,)
-    assert ends(padding_token_id=5, bos_token_id=4094) == (4095,)
-    assert ends(eot_token_id=4094) == (4095, 4094, 4093)
-    assert ends(eos_token_id=None, padding_token_id=None, bos_token_id=None) == ()
+
+@pytest.mark.parametrize(("changes", "wanted"), ENDS)
+def test_end_tokens_are_those_that_keys_name_and_those_whose_text_says_so(metadata, changes, wanted):
+    file = a_file(metadata, **changes)
+    found = {
+        end.id: [source.removeprefix("tokenizer.ggml.") for source in end.sources] for end in named_end_tokens(file)
+    }
+    assert found == wanted
+    assert Tokenizer(file).end_tokens == end_tokens(file) == tuple(wanted)
+
+
+@pytest.mark.parametrize("text", sorted(END_TEXTS))
+def test_every_end_of_a_text_is_one_as_a_control_token_and_as_no_other(metadata, text):
+    types, tokens = metadata["tokenizer.ggml.token_type"].copy(), list(metadata["tokenizer.ggml.tokens"])
+    tokens[4000] = text
+    for kind, ends in ((3, True), (1, False), (4, False)):
+        types[4000] = kind
+        assert (4000 in end_tokens(a_file(metadata, tokens=tokens, token_type=types))) is ends
+    # A file that tells no kinds has no control tokens, but means the same by its texts.
+    assert 4000 in end_tokens(a_file(metadata, tokens=tokens, token_type=None))
+
+
+def test_what_a_template_writes_after_an_answer_ends_it_too(metadata):
+    types, tokens = metadata["tokenizer.ggml.token_type"].copy(), list(metadata["tokenizer.ggml.tokens"])
+    tokens[4000], types[4000] = "<|over", 4
+    tokens[4001], types[4001] = "<|over|>", 4
+    file = a_file(metadata, tokens=tokens, token_type=types)
+    assert [end.id for end in named_end_tokens(file)] == [4095, 4093]
+    over = named_end_tokens(file, "\n<|over|>\n<|im_start|>user")[-1]
+    assert (over.id, over.text, over.sources) == (4001, "<|over|>", (BY_TEMPLATE,))
+    assert named_end_tokens(file, "<|im_end|>")[0].sources[-1] == BY_TEMPLATE
+    assert named_end_tokens(file, "\nUser: ") == named_end_tokens(file)
     with pytest.raises(ModelFileError, match=r"eos_token_id: 4096 is no token id; ids are 0 to 4095 \(byte 77\)"):
-        ends(eos_token_id=4096)
+        end_tokens(a_file(metadata, eos_token_id=4096))
 
 
 def test_a_file_may_ask_for_a_first_token(metadata):
-    assert Tokenizer(a_file(metadata, add_bos_token=True)).encode("a")[0] == 4093
+    asking = Tokenizer(a_file(metadata, add_bos_token=True))
+    once = asking.encode("a")
+    assert once[0] == 4093
+    assert asking.encode("<|endoftext|>a") == once  # a chat template writes it, too
+    assert asking.encode("a<|endoftext|>")[-1] == 4093
+    assert (asking.writes_start("a"), asking.writes_start("<|endoftext|>a")) == ("", "<|endoftext|>")
+    assert Tokenizer(a_file(metadata)).writes_start("<|endoftext|>a") == ""
     assert Tokenizer(a_file(metadata, add_bos_token=None)).encode("a")[0] != 4093
 
 
@@ -203,12 +245,17 @@ def test_unsupported_tokenizers_are_refused_by_key(metadata, name, value, says):
         ("merges", lambda merges: ["absent also-absent", *merges]),
         ("merges", lambda merges: [*merges, f"{merges[0].replace(' ', '')} <|endoftext|>"]),  # the library panics
         ("bos_token_id", lambda _: "0"),
+        ("eos_token_id", lambda _: -1),
+        ("eos_token_id", lambda _: "0"),
+        ("eos_token_ids", lambda _: 7),
+        ("eos_token_ids", lambda _: np.array([4096])),
+        ("eos_token_ids", lambda _: np.array([1.5])),
     ],
 )
 def test_broken_tokenizers_are_refused_by_key_and_byte(metadata, name, change):
     key = f"tokenizer.ggml.{name}"
     with pytest.raises(ModelFileError) as refused:
-        Tokenizer(a_file(metadata, **{name: change(metadata[key])}))
+        Tokenizer(a_file(metadata, **{name: change(metadata.get(key))}))
     assert refused.value.field == key
     assert refused.value.offset == 77
     assert "\n" not in str(refused.value)
