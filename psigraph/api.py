@@ -203,7 +203,7 @@ class LanguageModel:
         limits = self._limits(max_new_tokens, sampling, logprobs=logprobs)
         if isinstance(prompt, str):
             self.ask_guard([{"role": "user", "content": prompt}])
-            return self._text(self.encode(prompt), limits, stop)
+            return self._text(self.tokenizer.encode(prompt, self.context), limits, stop)
         if stop:
             raise UsageError("stop looks for text; it does not go with token ids")
         if self.guard is not None:
@@ -231,7 +231,7 @@ class LanguageModel:
         check_messages(messages)
         limits = self._limits(max_new_tokens, {**self.published_sampling, **sampling}, cancelled)
         self.ask_guard(messages)
-        ids = self.encode(self.template.render(messages, thinking))
+        ids = self.tokenizer.encode(self.template.render(messages, thinking), self.context, rendered=True)
         if len(ids) > self.context:
             raise UsageError(
                 f"the conversation has {len(ids):,} tokens, the context holds {self.context:,}: begin anew "

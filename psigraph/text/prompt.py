@@ -99,6 +99,7 @@ class Prompt:
         self.tokenizer = BackgroundTokenizer()
         self._new, self._ctx = max_new_tokens, ctx
         self._template: ChatTemplate | None = None
+        self._most: int | None = None
         self._ids = tuple(request.ids) if request.ids is not None else None
 
     def positions(self, model: Model) -> int:
@@ -114,8 +115,8 @@ class Prompt:
             bound = len(request.text.encode("utf-8", "surrogatepass")) + 1 + self._new  # no token has less than a byte
             if bound <= int(model.binding.sizes["context"]):
                 return 1
+        self._most = most = self._ctx if self._ctx is not None else limit
         count = len(self.ids)
-        most = self._ctx if self._ctx is not None else limit
         if count > most:
             if self._ctx is None:
                 raise UsageError(
@@ -144,7 +145,7 @@ class Prompt:
             text = self.request.text or ""
             if self._template is not None:
                 text = self._template.render(self.request.messages(), self.request.thinking)
-            self._ids = tuple(self.tokenizer.get().encode(text))
+            self._ids = tuple(self.tokenizer.get().encode(text, self._most, rendered=self._template is not None))
         return self._ids
 
     def __enter__(self) -> Prompt:

@@ -239,8 +239,13 @@ def _read_header(file: GgufFile) -> None:
     file.version = version
     _check_count(pair_count, MAX_PAIRS, _SMALLEST_PAIR, cursor.left, "metadata_kv_count", 16)
     _check_count(tensor_count, MAX_TENSORS, _SMALLEST_TENSOR, cursor.left, "tensor_count", 8)
+    damaged: list[str] = []
     for index in range(pair_count):
-        _read_pair(cursor, index, file.metadata, file.value_offsets)
+        _read_pair(cursor, index, file.metadata, file.value_offsets, damaged)
+    if damaged:
+        # One line, however many there are.
+        others = f" (and {len(damaged) - 1} more)" if damaged[1:] else ""
+        warnings.warn(f"{damaged[0][:80]}{others} is not UTF-8; what is not is shown as U+FFFD", stacklevel=3)
     file.alignment = _alignment(file)
     infos = [_read_tensor(cursor, index) for index in range(tensor_count)]
     file.header_end = cursor.position
@@ -255,7 +260,10 @@ def _check_count(count: int, limit: int, smallest: int, left: int, field: str, o
         raise ModelFileError(f"{count} entries do not fit into the {left} bytes that follow", field, offset)
 
 
-def _read_pair(cursor: Cursor, index: int, metadata: dict[str, Any], value_offsets: dict[str, int]) -> None:
+def _read_pair(
+    cursor: Cursor, index: int, metadata: dict[str, Any], value_offsets: dict[str, int], damaged: list[str]
+) -> None:
+    """`damaged` gets the key of a text that is not UTF-8, where that does no harm."""
     at = cursor.position
     key = _text(cursor.string(f"key {index}", MAX_KEY_BYTES), f"key {index}", at)
     if not key or not key.isprintable():
@@ -265,7 +273,13 @@ def _read_pair(cursor: Cursor, index: int, metadata: dict[str, Any], value_offse
     at = value_offsets[key] = cursor.position
     kind = cursor.u32(key)
     if kind == _STRING:
-        metadata[key] = _text(cursor.string(key, MAX_TEXT_BYTES), key, at)
+        raw = cursor.string(key, MAX_TEXT_BYTES)
+        # Of the words about the model nothing but this one decides anything.
+        if key.startswith("general.") and key != "general.architecture" and not _is_utf8(raw):
+            damaged.append(key)
+            metadata[key] = raw.decode("utf-8", "replace")
+        else:
+            metadata[key] = _text(raw, key, at)
     elif kind == _ARRAY:
         metadata[key] = _read_array(cursor, key)
     elif kind == _BOOL:
@@ -280,10 +294,15 @@ def _text(raw: bytes, field: str, at: int) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
-        if field.startswith("general."):  # words about the model, which nothing is computed from
-            warnings.warn(f"{field} is not UTF-8; what is not is shown as U+FFFD", UserWarning, stacklevel=2)
-            return raw.decode("utf-8", "replace")
         raise ModelFileError("the text is not UTF-8", field, at) from None
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_array(cursor: Cursor, key: str) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _U64 = struct.Struct("<Q")
+_AT_ONCE = 4096  # strings that an iterator decodes at once
 _STEPS = 64  # strings to walk one by one where the chain breaks, before numpy's places are looked at again
 
 
@@ -29,8 +30,9 @@ class StringArray(Sequence[str]):
 
     def __init__(self, data: bytes, lengths: NDArray[np.int64]) -> None:
         self._data = data
-        self._ends = np.cumsum(lengths + 8)
-        self._begins = self._ends - lengths
+        ends = np.cumsum(lengths + 8)
+        # There are a million of them at most, of less than 2**32 bytes; half the room lets a vocabulary be small.
+        self._ends, self._begins = ends.astype(np.uint32), (ends - lengths).astype(np.uint32)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -45,9 +47,10 @@ class StringArray(Sequence[str]):
         return self._text(int(self._begins[index]), int(self._ends[index]))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._decoded(self._begins, self._ends))
+        for first in range(0, len(self), _AT_ONCE):
+            yield from self[first : first + _AT_ONCE]
 
-    def _decoded(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[str]:
+    def _decoded(self, begins: NDArray[np.uint32], ends: NDArray[np.uint32]) -> list[str]:
         return [self._text(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
 
     def _text(self, begin: int, end: int) -> str:

@@ -13,29 +13,18 @@ from __future__ import annotations
 
 import codecs
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
-from ...ir.errors import UnsupportedModelError, UsageError
+from ...ir.errors import UsageError
 from ..gguf.file import GgufFile
-from ..gguf.strings import StringArray
-from .byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
+from .byte_letters import BYTE_OF_LETTER
 from .end_tokens import PREFIX, broken, ends_among, token_id
-
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Split rule by `tokenizer.ggml.pre`; llama.cpp gives both names the same one.
-_SPLITS = {"qwen2": _QWEN2_SPLIT, "deepseek-r1-qwen": _QWEN2_SPLIT}
-
-# Rules that differ from it in rare texts only, or say nothing, where the vocabulary is one of Qwen's.
-_NEAR_QWEN2 = (None, "default", "qwen35")
-_QWEN_TOKENS = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+from .panics import as_error
+from .special_tokens import SpecialTokens
+from .splits import PIECE, pieces
+from .vocabulary import CONTROL, build, read_kinds, read_tokens, require_kind
 
 
 class Tokenizer:
@@ -54,27 +43,59 @@ class Tokenizer:
     special_tokens: frozenset[int]
 
     def __init__(self, file: GgufFile) -> None:
-        _require_kind(file)
-        self._tokens = _strings(file, "tokens")
+        require_kind(file)
+        self._tokens = read_tokens(file)
         self.vocab_size = len(self._tokens)
-        kinds = _kinds(file, self.vocab_size)
-        self.special_tokens = frozenset(index for index, kind in enumerate(kinds) if kind == _CONTROL)
-        self._literal = frozenset(
-            index for index, kind in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)
-        )
+        kinds = read_kinds(file, self.vocab_size)
+        self.special_tokens = frozenset(np.flatnonzero(kinds == CONTROL).tolist())
         self.end_tokens = ends_among(file, self._tokens)
         self._start = _start_token(file, self.vocab_size)
-        self._encoder = _encoder(file, self._tokens, kinds)
+        self._encoder, literal = build(file, self._tokens, kinds)
+        self._literal = frozenset(literal.values())
+        self._specials = SpecialTokens(literal)
         self._bytes: dict[int, bytes] = {}
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text; special tokens written in it become theirs. UsageError where it is not valid Unicode."""
+    def encode(self, text: str, most: int | None = None, rendered: bool = False) -> list[int]:
+        """Ids of the text; special tokens written in it become theirs.
+
+        The token that begins every text, where the file asks for one, is put before it unless it stands there.
+        most: ids that anybody has room for; a long text is not read far beyond them.
+        rendered: a chat template wrote the text, which may well begin with that token.
+
+        UsageError where the text is not valid Unicode, cannot be split, or is longer than `most` in its first part.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode at character {error.start}; give UTF-8 text") from None
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
-        return ids if self._start is None else [self._start, *ids]
+        ids = self._ids(text, most if len(text) > PIECE else None)
+        if self._start is None:
+            return ids
+        if ids[:1] != [self._start]:
+            return [self._start, *ids]
+        if not rendered:
+            token = ascii(self._tokens[self._start])[:40]
+            warnings.warn(f"the prompt begins with {token}, which the model puts there by itself", stacklevel=2)
+        return ids
+
+    def _ids(self, text: str, most: int | None) -> list[int]:
+        ids: list[int] = []
+        done = 0
+        for part in self._specials.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+                done += len(self._tokens[part])
+                continue
+            for piece in pieces(part):
+                if most is not None and len(ids) > most:
+                    raise UsageError(
+                        f"the text is too long for a context of {most:,} tokens: its first {done:,} of "
+                        f"{len(text):,} characters have {len(ids):,}; shorten it"
+                    )
+                with as_error(_not_split):
+                    ids += self._encoder.encode(piece, add_special_tokens=False).ids
+                done += len(piece)
+        return ids
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """Exactly the bytes that the tokens stand for; they need not be whole characters.
@@ -126,56 +147,8 @@ class TextStream:
         return rest
 
 
-def _require_kind(file: GgufFile) -> None:
-    """The file must say that its tokenizer is the one that is built here."""
-    key = f"{PREFIX}model"
-    model = file.metadata.get(key)
-    if model is not None and not isinstance(model, str):
-        raise broken(file, key, "must be a text")
-    if model != "gpt2":
-        raise _unsupported(key, model, "byte-level BPE ('gpt2') is supported")
-
-
-def _split_rule(file: GgufFile, tokens: Sequence[str]) -> str:
-    """How a text is split before merging; the nearest one where the file names one that is near, or none."""
-    key = f"{PREFIX}pre"
-    split = file.metadata.get(key)
-    if split is not None and not isinstance(split, str):
-        raise broken(file, key, "must be a text")
-    if split in _SPLITS:
-        return _SPLITS[split]
-    if split in _NEAR_QWEN2 and set(tokens) >= _QWEN_TOKENS:
-        found = "is missing" if split is None else f"is {split!r}"
-        warnings.warn(f"{key} {found}: texts are split as Qwen2's are, which is near", UserWarning, stacklevel=2)
-        return _QWEN2_SPLIT
-    raise _unsupported(key, split, f"the split rules {', '.join(map(repr, _SPLITS))} are supported")
-
-
-def _unsupported(key: str, value: object, works: str) -> UnsupportedModelError:
-    found = "is missing" if value is None else f"is {ascii(value)[:80]}"
-    return UnsupportedModelError(f"{key} {found}; {works}. Token ids (--prompt-token-ids) work without a tokenizer")
-
-
-def _strings(file: GgufFile, name: str) -> list[str]:
-    key = PREFIX + name
-    value = file.metadata.get(key)
-    if value is None:
-        raise _unsupported(key, None, "the file must carry its vocabulary")
-    if not isinstance(value, (StringArray, list)) or not value:
-        raise broken(file, key, "must be an array of strings that is not empty")
-    return list(value)
-
-
-def _kinds(file: GgufFile, count: int) -> list[int]:
-    """Each token's kind; a file without the key has only normal tokens."""
-    key = f"{PREFIX}token_type"
-    value = file.metadata.get(key)
-    if value is None:
-        return [_NORMAL] * count
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != count:
-        raise broken(file, key, f"must be an array of {count} whole numbers, one for each token")
-    kinds: list[int] = value.tolist()
-    return kinds
+def _not_split(what: str) -> UsageError:
+    return UsageError(f"the text cannot be made into tokens: {what}")
 
 
 def _start_token(file: GgufFile, count: int) -> int | None:
@@ -183,61 +156,5 @@ def _start_token(file: GgufFile, count: int) -> int | None:
     key = f"{PREFIX}add_bos_token"
     asked = file.metadata.get(key, False)
     if not isinstance(asked, bool):
-        raise broken(file, key, "must be a bool")
-    if not asked:
-        return None
-    return token_id(file, "bos", count)
-
-
-def _encoder(file: GgufFile, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
-    key = f"{PREFIX}tokens"
-    vocabulary = {token: index for index, token in enumerate(tokens) if token}
-    empty = tokens.count("")
-    if empty:
-        warnings.warn(f"{empty} tokens have no text: no text becomes one of them", UserWarning, stacklevel=2)
-    if len(vocabulary) != len(tokens) - empty:
-        twice = next(index for index, token in enumerate(tokens) if token and vocabulary[token] != index)
-        raise broken(file, key, f"tokens {twice} and {vocabulary[tokens[twice]]} are the same text")
-    try:
-        "".join(tokens).encode("utf-8")
-    except UnicodeEncodeError:
-        raise broken(file, key, "a token is not UTF-8") from None
-    missing = [letter for letter in BYTE_LETTERS if letter not in vocabulary]
-    if missing:
-        raise broken(
-            file, key, f"no token for {len(missing)} of the 256 bytes, 0x{BYTE_OF_LETTER[missing[0]]:02x} first"
-        )
-    merges = [_merge(file, index, merge) for index, merge in enumerate(_strings(file, "merges"))]
-    try:
-        encoder = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    except Exception as error:  # the library raises bare Exception; with the vocabulary checked, a merge is at fault
-        raise broken(file, f"{PREFIX}merges", ascii(str(error))[1:121]) from None
-    split = tokenizers.Regex(_split_rule(file, tokens))
-    encoder.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(split, behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    encoder.decoder = decoders.ByteLevel()
-    encoder.add_tokens(_added(tokens, kinds, (_USER_DEFINED,), special=False))
-    encoder.add_special_tokens(_added(tokens, kinds, (_CONTROL, _UNKNOWN), special=True))
-    return encoder
-
-
-def _added(tokens: list[str], kinds: list[int], wanted: tuple[int, ...], special: bool) -> list[tokenizers.AddedToken]:
-    """Tokens that are found in a text before it is split; unused ones are not among them."""
-    return [
-        tokenizers.AddedToken(token, normalized=False, special=special)
-        for token, kind in zip(tokens, kinds, strict=True)
-        if kind in wanted and token
-    ]
-
-
-def _merge(file: GgufFile, index: int, merge: str) -> tuple[str, str]:
-    head, space, tail = merge.partition(" ")
-    if not (head and space and tail) or " " in tail:
-        raise broken(
-            file, f"{PREFIX}merges", f"merge {index} is {ascii(merge)[:60]}; two tokens with a space are needed"
-        )
-    return head, tail
+        raise broken(file, key, "must be true or false")
+    return token_id(file, "bos", count) if asked else None

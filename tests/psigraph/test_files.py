@@ -128,7 +128,6 @@ HARMLESS = {
     ),
     "no split": ({f"{GGML}pre": None}, "pre is missing: texts are split as Qwen2's"),
     "default": ({f"{GGML}pre": pair(f"{GGML}pre", "str", "default")}, "pre is 'default': texts are split"),
-    "qwen35": ({f"{GGML}pre": pair(f"{GGML}pre", "str", "qwen35")}, "pre is 'qwen35': texts are split"),
 }
 
 

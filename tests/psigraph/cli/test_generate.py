@@ -206,6 +206,8 @@ def test_a_seed_gives_its_text_again(capfd: pytest.CaptureFixture[str]) -> None:
         (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
         (["--prompt", "a", "--max-new-tokens", "2049"], 0, ""),
         (["--prompt", "a " * 2049], 2, "the prompt has 2050 tokens, the model's context holds 2048; shorten"),
+        (["--prompt", "a " * 1_000_000], 2, "the text is too long for a context of 2,048 tokens: its first 65,537"),
+        (["--prompt", " " * 10_000_000], 2, "the text has a run of more than 1,048,576 characters"),
         (["--prompt", "a b c d", "--ctx", "3"], 2, "--ctx 3: the prompt has 4 tokens; shorten it, or give --ctx 4"),
         (["--prompt", "a", "--backend", "cuda"], 7, "--backend cpu"),
         (["--prompt", "a", "--device", "-1"], 2, "--device"),

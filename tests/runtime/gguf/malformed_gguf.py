@@ -1,7 +1,8 @@
 """Wrong GGUF files, one defect each, written byte by byte without the code under test.
 
-`CASES` lists every file; `sound` tells which must load. `python malformed_gguf.py FILE...` feeds files to the reader
-and prints a JSON line for each: outcome, CPU seconds, growth of the largest resident size.
+`CASES` lists every file; `sound` tells which must load. `python malformed_gguf.py FILE...` feeds files to the reader,
+and those with a vocabulary to the tokenizer, and prints a JSON line for each: outcome, CPU seconds, growth of the
+largest resident size.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import signal
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,14 +114,34 @@ def not_finite() -> bytes:
     return build(PAIRS, table, scale + struct.pack("<8f", *[float("inf")] * 8))
 
 
-def vocabulary(count: int = 151_936, merges: int = 151_387) -> bytes:
+def vocabulary(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[str]) -> bytes:
+    """A file of nothing but a tokenizer, which begins with the 256 letters of bytes."""
+    letters = [*map(chr, (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100), *range(0x100, 0x144)))]
     pairs = [
         pair("general.architecture", STRING, "qwen3"),
-        array("tokenizer.ggml.tokens", STRING, [f"tok{index}" for index in range(count)]),
-        array("tokenizer.ggml.token_type", I32, [1] * count),
-        array("tokenizer.ggml.merges", STRING, [f"a{index} b{index}" for index in range(merges)]),
+        pair("tokenizer.ggml.model", STRING, "gpt2"),
+        pair("tokenizer.ggml.pre", STRING, "qwen2"),
+        array("tokenizer.ggml.tokens", STRING, [*letters, *tokens]),
+        array("tokenizer.ggml.token_type", I32, [1] * 256 + list(kinds)),
+        array("tokenizer.ggml.merges", STRING, merges),
     ]
     return build(pairs, TWO, ROW + ROW)
+
+
+def merged(count: int, more_tokens: int = 0) -> bytes:
+    """So many merges, each of a token and a letter, and so many tokens that no merge makes."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    words, merges = list(letters), []
+    for number in range(count):  # breadth first, so that tokens stay as short as those of a real vocabulary
+        merges.append(f"{words[number // len(letters)]} {letters[number % len(letters)]}")
+        words.append(merges[-1].replace(" ", "", 1))
+    made = words[len(letters) :]
+    return vocabulary([*made, *(f"<{n}>" for n in range(more_tokens))], [1] * count + [4] * more_tokens, merges)
+
+
+def control_tokens(count: int, letters: int) -> bytes:
+    """So many control tokens of so many letters."""
+    return vocabulary(["ab", *(f"<{n}>".ljust(letters, "x") for n in range(count))], [1] + [3] * count, ["a b"])
 
 
 def strings(count: int, value: str) -> bytes:
@@ -188,6 +211,12 @@ CASES: dict[str, Case] = {
     "key_not_utf8": wrong("key bytes ff fe", "key 0", build([pair(b"\xff\xfe", U32, 1)])),
     "key_controls": wrong("a terminal escape in a key", "key 0", build([pair("\x1b[2J", U32, 1)])),
     "value_not_utf8": wrong("text bytes ff fe", "k", build([pair("k", STRING, b"\xff\xfe")])),
+    "architecture_not_utf8": wrong(
+        "an architecture of bytes ff fe",
+        "general.architecture",
+        build([pair("general.architecture", STRING, b"\xff\xfe")]),
+    ),
+    "name_not_utf8": right("a name of bytes ff fe", build([pair("general.name", STRING, b"\xff\xfe")])),
     "key_empty": wrong("an empty key", "key 0", build([pair("", U32, 1)])),
     "bool_7": wrong("a bool stored as 7", "k", build([pair("k", BOOL, 7)])),
     "bool_array_2": wrong("a bool in an array stored as 2", "k", build([array("k", BOOL, [0, 1, 2])])),
@@ -252,18 +281,28 @@ CASES: dict[str, Case] = {
     ),
     "tensors_many": right("32,768 tensors", lambda: many_tensors(32_768)),
     "text_huge": wrong("a text of 17 MiB", "k", lambda: build([pair("k", STRING, b"x" * (17 << 20))])),
-    "vocabulary": right("Qwen3's number of tokens and merges", vocabulary),
+    "vocabulary": right("Qwen3's number of tokens and merges", lambda: merged(151_387, 293)),
+    "vocabulary_most": right("as many tokens and merges as a tokenizer may have", lambda: merged(196_608, 65_280)),
+    "control_tokens_short": right("12 MB of control tokens", lambda: control_tokens(250_000, 48)),
+    "control_tokens_many": right("40 MB of control tokens", lambda: control_tokens(800_000, 50)),
+    "control_tokens_long": right("40 MB of control tokens, 1 MB each", lambda: control_tokens(40, 1 << 20)),
 }
 
 
 def measure(path: Path) -> dict[str, object]:
-    """Open the file and read its tensors: what came of it, CPU seconds to open, growth of the largest resident size."""
+    """Open the file, make its tokenizer and read its tensors: what came of it, CPU seconds for the first two, growth of
+    the largest resident size."""
+    from psigraph.ir.errors import PsigraphError
     from psigraph.runtime.gguf.file import open_gguf
+    from psigraph.runtime.tokenizer.bpe import Tokenizer
 
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     opened = 0.0
     try:
         with open_gguf(path) as file:
+            if "tokenizer.ggml.model" in file.metadata:
+                with suppress(PsigraphError):
+                    Tokenizer(file)
             opened = time.process_time() - start
             for name in file.tensors if len(file.tensors) < 100 else ():
                 file.read(name)
@@ -277,7 +316,9 @@ def measure(path: Path) -> dict[str, object]:
 
 def main(paths: list[str]) -> None:
     """Print one JSON line for each file, each opened in a fork of its own: a hang or crash ends that one alone."""
-    import psigraph.runtime.gguf.file  # noqa: F401 - its own cost is not a file's
+    import psigraph.runtime.tokenizer.bpe  # noqa: F401 - its own cost is not a file's
+
+    warnings.simplefilter("ignore")
 
     for path in map(Path, paths):
         sys.stdout.flush()

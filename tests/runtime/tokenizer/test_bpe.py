@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -181,12 +182,26 @@ def test_unsupported_tokenizers_are_refused_by_key(metadata, name, value, says):
         ("tokens", lambda _: 7),
         ("token_type", lambda types: types[:-1]),
         ("token_type", lambda _: "normal"),
+        ("token_type", lambda types: types.astype(np.float32) * np.float32("nan")),
+        ("token_type", lambda types: types > 0),
+        ("model", lambda _: np.array([1, 2])),
+        ("model", lambda _: ["gpt2"]),
+        ("model", lambda _: True),
+        ("pre", lambda _: ["qwen2"]),
+        ("pre", lambda _: np.array([1, 2])),
+        ("tokens", lambda _: np.arange(4096)),
+        ("merges", lambda _: "a b"),
+        ("add_bos_token", lambda _: 1),
+        ("add_bos_token", lambda _: np.array([True, False])),
+        ("eos_token_id", lambda _: True),
+        ("eos_token_id", lambda _: 2.0),
+        ("padding_token_id", lambda _: True),
+        ("bos_token_id", lambda _: np.array([1, 2])),
         ("merges", lambda merges: ["ab", *merges]),
         ("merges", lambda merges: ["a b c", *merges]),
         ("merges", lambda merges: [" a", *merges]),
         ("merges", lambda merges: ["absent also-absent", *merges]),
-        ("pre", lambda _: ["qwen2"]),
-        ("eos_token_id", lambda _: -1),
+        ("merges", lambda merges: [*merges, f"{merges[0].replace(' ', '')} <|endoftext|>"]),  # the library panics
         ("bos_token_id", lambda _: "0"),
     ],
 )
