@@ -13,13 +13,14 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 VENV := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: help demo test slow mutants lint gate pytest compiler clean
+.PHONY: help demo test slow fuzz mutants lint gate pytest compiler clean
 
 help:
 	@echo "make demo     compile, inspect, benchmark and run the tiny model (on a GPU if there is one)"
 	echo "make test     lint, types and every test that needs no GPU; WORKERS=N processes, at most 1.5 GB each"
 	echo "make slow     the tests that compile or fail for minutes; needs g++"
 	echo "make mutants  breaks a copy of the tree in ways that tests must notice; needs g++ and git, takes minutes"
+	echo "make fuzz     wrong model files for SECONDS=240, none of which may bring more than one line"
 	echo "make lint     ruff and mypy"
 	echo "make gate     reports, claims and policy against each other"
 	echo "make clean    remove everything that make wrote"
@@ -35,6 +36,12 @@ pytest: compiler .venv/installed-dev
 # What takes minutes: unfused kernels under the sanitizers, every failure of every call of the driver.
 slow: compiler .venv/installed-dev
 	@$(VENV) -m pytest -q -n $(WORKERS) -m "slow and not gpu"
+
+# Model files with mistakes, through every stage; SEED=TEXT makes others than yesterday's.
+SECONDS ?= 240
+SEED ?= psigraph
+fuzz: .venv/installed-dev
+	@$(VENV) scripts/fuzz --seconds $(SECONDS) --seed '$(SEED)'
 
 # Tests that do not fail when the code is wrong prove nothing: scripts/mutants/mutants.toml.
 mutants: compiler .venv/installed-dev

@@ -58,7 +58,7 @@ class ChatTemplate:
         tokens = {}
         for variable, name in _NAMED_TOKENS.items():
             index = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if isinstance(words, (StringArray, list)) and isinstance(index, int) and 0 <= index < len(words):
+            if isinstance(words, (StringArray, list)) and type(index) is int and 0 <= index < len(words):
                 tokens[variable] = words[index]
         return cls(source, tokens)
 

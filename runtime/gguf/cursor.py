@@ -45,8 +45,9 @@ def pread_into(descriptor: int, target: memoryview, offset: int, field: str) -> 
 
 def quoted(text: str, limit: int = 80) -> str:
     """A stranger's text, safe to show: no control characters, not too long."""
-    shown = text if len(text) <= limit else text[:limit] + "..."
-    return ascii(shown)
+    shown = ascii(text[: limit + 1])
+    # A character outside ASCII is shown as up to ten letters, so it is those that are counted.
+    return shown if len(shown) <= limit + 2 else f"{shown[: limit + 1]}...{shown[0]}"
 
 
 def too_long(length: int, limit: int, field: str, at: int) -> ModelFileError:

@@ -45,6 +45,6 @@ def refuse_other_kinds(file: GgufFile) -> None:
 def _pooled(metadata: Mapping[str, Any], architecture: object) -> str:
     """What a model is whose hidden states are pooled, "" for one whose are not."""
     pooling = metadata.get(f"{architecture}.pooling_type")
-    if f"{architecture}.classifier.output_labels" in metadata or pooling == _RANK:
+    if f"{architecture}.classifier.output_labels" in metadata or (type(pooling) is int and pooling == _RANK):
         return _RERANKER
     return _EMBEDDING if type(pooling) is int and pooling else ""

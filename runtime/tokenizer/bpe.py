@@ -156,5 +156,5 @@ def _start_token(file: GgufFile, count: int) -> int | None:
     key = f"{PREFIX}add_bos_token"
     asked = file.metadata.get(key, False)
     if not isinstance(asked, bool):
-        raise broken(file, key, "must be true or false")
+        raise broken(file, key, "must be a bool")
     return token_id(file, "bos", count) if asked else None
