@@ -132,7 +132,8 @@ class NumpyEngine:
         """One decode step."""
         if self.position >= self.context:
             raise UsageError(f"the context of {self.context} tokens is full; give a larger --ctx")
-        known = self._machine.run(self.graph, {**self._weights, **self._state})
+        with np.errstate(all="ignore"):  # what is no number is told of by the choice, once, and not by numpy
+            known = self._machine.run(self.graph, {**self._weights, **self._state})
         results = self._machine.results(self.graph, known)
         self._logits = results.pop("logits", None)
         self._state.update(results)

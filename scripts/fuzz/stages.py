@@ -98,7 +98,7 @@ def judge(path: Path, draw: Random, header_bytes: int, templates: bool = True) -
             court.run("text", lambda: texts(tokenizer, draw))
         court.run("end tokens", lambda: end_tokens(file))
         court.run("admission", lambda: admit_file(file, with_digest=False))
-        if templates and file.metadata.get(KEY) is not None and draw.random() < 0.3:
+        if templates and file.metadata.get(KEY) is not None and draw.random() < 0.1:
             court.run("template", lambda: render(file, tokenizer, draw))
         model = court.run("binding", lambda: open_model(path, draw.choice((None, 1, 64, 2**31))))
         if model is not None:
@@ -140,6 +140,7 @@ def generate(path: Path) -> None:
         for _ in range(3):
             if session.position >= session.context:
                 return
+            token = session.engine.chosen()
             if not np.isfinite(session.engine.logits()).all():
                 raise AssertionError("logits are not finite, and a token was chosen")
-            session.feed([session.engine.chosen()])
+            session.feed([token])
