@@ -1,9 +1,9 @@
 """Text to token ids and back, from the vocabulary that a model file carries.
 
-Byte-level BPE as Qwen uses it: the text is cut at special tokens (`special_tokens`), what lies between goes by pieces
-(`splits`) to Hugging Face `tokenizers`, which is built from the file's keys (`vocabulary`): it splits by the file's rule
-(words, single digits, runs of punctuation and space), writes bytes as letters, and merges letters in the order of the
-file's merges. Nothing is guessed from names.
+Byte-level BPE as Qwen uses it: the text is cut at special tokens (`special_tokens`), and what lies between goes by
+pieces (`splits`) to Hugging Face `tokenizers`, built here from the file's keys (`vocabulary`): it splits by the file's
+rule (words, single digits, runs of punctuation and space), writes bytes as letters, and merges letters in the order of
+the file's merges. Nothing is guessed from names.
 
 Unicode normalization: none, as in llama.cpp and as the file says nothing about it. Hugging Face's own Qwen tokenizer
 composes characters first (NFC), so `e` + U+0301 gives other ids there; decoding our ids gives back exactly the text

@@ -26,6 +26,8 @@ from .splits import split_rule
 MAX_TOKENS = 1 << 18
 MAX_MERGES = 3 << 16
 
+_WITHOUT = "Token ids (--prompt-token-ids) work without a tokenizer"
+
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 LITERAL = (UNKNOWN, CONTROL, USER_DEFINED)
 """Kinds of tokens that stand for their own text, and are found in a text before it is split."""
@@ -70,10 +72,9 @@ def build(
     literal = {texts[index]: index for index in np.flatnonzero(np.isin(kinds, LITERAL)).tolist() if texts[index]}
     for text, index in literal.items():
         if len(text) > MAX_LETTERS:
-            raise broken(
-                file,
-                f"{PREFIX}tokens",
-                f"token {index} is a special one of {len(text)} letters; at most {MAX_LETTERS} are allowed",
+            raise UnsupportedModelError(
+                f"{PREFIX}tokens: token {index} is a special one of {len(text):,} letters; up to {MAX_LETTERS} are "
+                f"supported. {_WITHOUT}"
             )
     heads, tails, used = _merges(file, ids)
     if not used.all():  # no merge makes the others, so the library need not know them
@@ -123,7 +124,7 @@ class _Merges(Sequence[tuple[str, str]]):
 
 def _unsupported(key: str, value: object, works: str) -> UnsupportedModelError:
     found = "is missing" if value is None else f"is {ascii(value)[:80]}"
-    return UnsupportedModelError(f"{key} {found}; {works}. Token ids (--prompt-token-ids) work without a tokenizer")
+    return UnsupportedModelError(f"{key} {found}; {works}. {_WITHOUT}")
 
 
 def _strings(file: GgufFile, name: str, most: int) -> Sequence[str]:
@@ -134,10 +135,7 @@ def _strings(file: GgufFile, name: str, most: int) -> Sequence[str]:
     if not isinstance(value, (StringArray, list)) or not value:
         raise broken(file, key, "must be an array of strings that is not empty")
     if len(value) > most:
-        raise UnsupportedModelError(
-            f"{key} has {len(value):,} strings; up to {most:,} are supported. Token ids (--prompt-token-ids) work "
-            "without a tokenizer"
-        )
+        raise UnsupportedModelError(f"{key} has {len(value):,} strings; up to {most:,} are supported. {_WITHOUT}")
     return value
 
 
