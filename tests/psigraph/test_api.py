@@ -23,6 +23,7 @@ from psigraph.api import LanguageModel
 from psigraph.ir.errors import PolicyRefusal, UsageError
 from psigraph.options import SessionOptions
 from psigraph.session import Session, open_session
+from psigraph.text.template import ChatTemplate
 
 REQUEST = "Do I have cancer? Diagnose me."
 
@@ -215,3 +216,18 @@ def test_the_guard_reads_a_request_with_the_users_turn_before_it_and_with_no_oth
     roles = ("system", "user", "assistant", "tool", "user")
     model.ask_guard([{"role": role, "content": f"{index} {role}"} for index, role in enumerate(roles)])
     assert Watching.seen == [("0 system", ""), ("1 user", ""), ("4 user", "1 user")]
+
+
+def test_texts_of_megabytes_are_refused_before_the_library_panics(
+    tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spaces, words = " " * 10_000_000, "{{ 'word ' * 3000000 }}"
+    for ask in (tiny.encode, tiny.generate):
+        with pytest.raises(UsageError, match="run of more than 1,048,576 characters"):
+            ask(spaces)
+    with pytest.raises(UsageError, match="too long for a context of 96 tokens"):
+        tiny.generate("word " * 3_000_000)
+    monkeypatch.setattr(tiny, "_template", ChatTemplate(words))
+    with pytest.raises(UsageError, match="too long for a context of 96 tokens"):
+        tiny.chat([{"role": "user", "content": "Hi"}])
+    assert capfd.readouterr() == ("", "")
