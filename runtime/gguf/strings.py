@@ -44,17 +44,16 @@ class StringArray(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return self._decoded(self._begins[index], self._ends[index])
-        return self._text(int(self._begins[index]), int(self._ends[index]))
+        return self._data[int(self._begins[index]) : int(self._ends[index])].decode("utf-8", "surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), _AT_ONCE):
             yield from self[first : first + _AT_ONCE]
 
     def _decoded(self, begins: NDArray[np.uint32], ends: NDArray[np.uint32]) -> list[str]:
-        return [self._text(begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
-
-    def _text(self, begin: int, end: int) -> str:
-        return str(self._data[begin:end], "utf-8", "surrogateescape")
+        data = self._data
+        places = zip(begins.tolist(), ends.tolist(), strict=True)
+        return [data[begin:end].decode("utf-8", "surrogateescape") for begin, end in places]
 
 
 def string_lengths(buffer: bytes, begin: int, most: int) -> tuple[NDArray[np.int64], int]:
