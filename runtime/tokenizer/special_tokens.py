@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from ...ir.errors import UsageError
+
 MAX_LETTERS = 256
 """Letters of a special token. The search looks once for each length that tokens of one first letter have."""
+MOST_PROBES = 1 << 24
+"""Looks into the vocabulary for one text, which take a second or two. Qwen's tokens begin with < and have 15 lengths: a
+text has a million of these letters before it comes to this."""
 
 
 class SpecialTokens:
@@ -26,10 +31,16 @@ class SpecialTokens:
         self._first = re.compile(f"[{''.join(map(re.escape, lengths))}]") if lengths else None
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text between the tokens, and their ids where they stand."""
-        begin = at = 0
+        """The text between the tokens, and their ids where they stand; UsageError where that takes too long."""
+        begin = at = probes = 0
         while self._first is not None and (match := self._first.search(text, at)):
             at = match.start()
+            probes += len(self._lengths[text[at]])
+            if probes > MOST_PROBES:
+                raise UsageError(
+                    "the text is too long for a model with so many special tokens: "
+                    f"{at:,} of its {len(text):,} characters took {MOST_PROBES:,} looks for one; shorten it"
+                )
             token, end = self._token_at(text, at)
             if token is None:
                 at += 1

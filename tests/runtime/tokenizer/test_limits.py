@@ -13,7 +13,7 @@ from shipped import TINY
 
 from psigraph.ir.errors import ModelFileError, UnsupportedModelError, UsageError
 from psigraph.runtime.gguf.file import open_gguf
-from psigraph.runtime.tokenizer import splits
+from psigraph.runtime.tokenizer import special_tokens, splits
 from psigraph.runtime.tokenizer.bpe import Tokenizer
 from psigraph.runtime.tokenizer.end_tokens import end_tokens
 from psigraph.runtime.tokenizer.panics import as_error
@@ -97,6 +97,15 @@ def test_special_tokens_are_found_as_the_library_finds_them():
             at += length
         assert found == wanted, (text, words)
         assert at == len(text)
+
+
+def test_a_file_and_a_text_made_for_each_other_do_not_take_for_ever(monkeypatch):
+    """256 lengths are looked for at every letter."""
+    monkeypatch.setattr(special_tokens, "MOST_PROBES", 255_000)
+    found = SpecialTokens({"<" * length + "!": length for length in range(1, 256)})
+    assert list(found.split("<" * 900)) == ["<" * 900]
+    with pytest.raises(UsageError, match="1,000 of its 4,000 characters took 255,000 looks"):
+        list(found.split("<" * 4000))
 
 
 @pytest.mark.parametrize("raised", [BaseException, Exception])
