@@ -231,7 +231,7 @@ class LanguageModel:
         check_messages(messages)
         limits = self._limits(max_new_tokens, {**self.published_sampling, **sampling}, cancelled)
         self.ask_guard(messages)
-        ids = self.tokenizer.encode(self.template.render(messages, thinking), self.context, rendered=True)
+        ids = self.tokenizer.encode(self.template.render(messages, thinking), self.context)
         if len(ids) > self.context:
             raise UsageError(
                 f"the conversation has {len(ids):,} tokens, the context holds {self.context:,}: begin anew "

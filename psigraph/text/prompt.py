@@ -145,7 +145,7 @@ class Prompt:
             text = self.request.text or ""
             if self._template is not None:
                 text = self._template.render(self.request.messages(), self.request.thinking)
-            self._ids = tuple(self.tokenizer.get().encode(text, self._most, rendered=self._template is not None))
+            self._ids = tuple(self.tokenizer.get().encode(text, self._most))
         return self._ids
 
     def __enter__(self) -> Prompt:

@@ -13,7 +13,6 @@ that was given.
 from __future__ import annotations
 
 import codecs
-import warnings
 from collections.abc import Iterable
 
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from ...ir.errors import UsageError
 from ..gguf.file import GgufFile
 from .byte_letters import BYTE_OF_LETTER
-from .end_tokens import PREFIX, broken, ends_among, token_id
+from .end_tokens import PREFIX, broken, end_tokens, token_id
 from .panics import as_error
 from .special_tokens import SpecialTokens
 from .splits import PIECE, pieces
@@ -32,9 +31,9 @@ class Tokenizer:
     """Made from an open model file. Safe to use from several threads.
 
     vocab_size     number of tokens; ids are 0 to vocab_size - 1.
-    end_tokens     ids after which a text is over: eos, eot and eom of the file, and its padding and bos tokens where
-                   their text is an end of text.
+    end_tokens     ids after which a text is over: those that the file names, and control tokens whose text says so.
     special_tokens ids of control tokens (never part of a text): end of turn and the like.
+    longest_token  characters of the longest token: n tokens hold at most n times as many.
 
     Raises UnsupportedModelError for a tokenizer of another kind, naming the key; ModelFileError for a broken one.
     """
@@ -42,6 +41,7 @@ class Tokenizer:
     vocab_size: int
     end_tokens: tuple[int, ...]
     special_tokens: frozenset[int]
+    longest_token: int
 
     def __init__(self, file: GgufFile) -> None:
         require_kind(file)
@@ -49,19 +49,19 @@ class Tokenizer:
         self.vocab_size = len(self._tokens)
         kinds = read_kinds(file, self.vocab_size)
         self.special_tokens = frozenset(np.flatnonzero(kinds == CONTROL).tolist())
-        self.end_tokens = ends_among(file, self._tokens)
+        self.end_tokens = end_tokens(file)
         self._start = _start_token(file, self.vocab_size)
-        self._encoder, literal = build(file, self._tokens, kinds)
+        self._encoder, literal, self.longest_token = build(file, self._tokens, kinds)
         self._literal = frozenset(literal.values())
         self._specials = SpecialTokens(literal)
         self._bytes: dict[int, bytes] = {}
 
-    def encode(self, text: str, most: int | None = None, rendered: bool = False) -> list[int]:
+    def encode(self, text: str, most: int | None = None) -> list[int]:
         """Ids of the text; special tokens written in it become theirs.
 
-        The token that begins every text, where the file asks for one, is put before it unless it stands there.
+        The token that begins every text, where the file asks for one, stands there once, whether the text writes it
+        or not: chat templates do.
         most: ids that anybody has room for; a long text is not read far beyond them.
-        rendered: a chat template wrote the text, which may well begin with that token.
 
         UsageError where the text is not valid Unicode, cannot be split, or is longer than `most` in its first part.
         """
@@ -70,14 +70,17 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode at character {error.start}; give UTF-8 text") from None
         ids = self._ids(text, most if len(text) > PIECE else None)
-        if self._start is None:
-            return ids
-        if ids[:1] != [self._start]:
-            return [self._start, *ids]
-        if not rendered:
-            token = ascii(self._tokens[self._start])[:40]
-            warnings.warn(f"the prompt begins with {token}, which the model puts there by itself", stacklevel=2)
-        return ids
+        return ids if self._start is None or ids[:1] == [self._start] else [self._start, *ids]
+
+    def writes_start(self, text: str) -> str:
+        """The token that begins every text by itself, where the text writes it too; else nothing."""
+        start = "" if self._start is None else self._tokens[self._start]
+        return start if start and text.startswith(start) else ""
+
+    def control_ids(self, texts: Iterable[str]) -> frozenset[int]:
+        """Those of the control tokens that have one of these texts."""
+        wanted = frozenset(texts)
+        return frozenset(index for index in self.special_tokens if self._tokens[index] in wanted)
 
     def _ids(self, text: str, most: int | None) -> list[int]:
         ids: list[int] = []

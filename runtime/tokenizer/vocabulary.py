@@ -61,13 +61,13 @@ def read_kinds(file: GgufFile, count: int) -> NDArray[np.integer[Any]]:
 
 def build(
     file: GgufFile, tokens: Sequence[str], kinds: NDArray[np.integer[Any]]
-) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
-    """The encoder of a text between special tokens, and the special tokens: text -> id.
+) -> tuple[tokenizers.Tokenizer, dict[str, int], int]:
+    """The encoder of a text between special tokens, the special tokens (text -> id), and the longest token's length.
 
     ModelFileError, UnsupportedModelError: see `bpe.Tokenizer`.
     """
     texts = list(tokens)
-    ids = _ids(file, texts)
+    ids, longest = _ids(file, texts), max(map(len, texts))
     rule = split_rule(file, ids)
     literal = {texts[index]: index for index in np.flatnonzero(np.isin(kinds, LITERAL)).tolist() if texts[index]}
     for text, index in literal.items():
@@ -79,7 +79,7 @@ def build(
     heads, tails, used = _merges(file, ids)
     if not used.all():  # no merge makes the others, so the library need not know them
         ids = {texts[index]: index for index in np.flatnonzero(used).tolist()}
-    return _encoder(file, _Merges(texts, ids, heads, tails), rule), literal
+    return _encoder(file, _Merges(texts, ids, heads, tails), rule), literal, longest
 
 
 def _encoder(file: GgufFile, merges: _Merges, rule: str) -> tokenizers.Tokenizer:

@@ -130,7 +130,7 @@ def render(file: GgufFile, tokenizer: Tokenizer | None, draw: Random) -> None:
     """A conversation by the file's template, and its ids as far as a context of 64 goes."""
     text = ChatTemplate.of_file(file).render(draw.choice(MESSAGES), draw.choice((None, None, True)))
     if tokenizer is not None:
-        tokenizer.encode(text, 64, rendered=True)
+        tokenizer.encode(text, 64)
 
 
 def generate(path: Path) -> None:

@@ -189,11 +189,8 @@ def test_bos_comes_once(metadata):
     plain = tokenizer.encode("Hi")
     assert plain[0] == 4093
     assert plain[1] != 4093
-    told, ids = warned(lambda: tokenizer.encode("<|endoftext|>Hi", rendered=True))
-    assert (told, ids) == ([], plain)
-    told, ids = warned(lambda: tokenizer.encode("<|endoftext|>Hi"))
-    assert ids == plain
-    assert told == ["the prompt begins with '<|endoftext|>', which the model puts there by itself"]
+    assert tokenizer.encode("<|endoftext|>Hi") == plain
+    assert tokenizer.encode("<|endoftext|><|endoftext|>Hi")[:2] == [4093, 4093]  # who writes it twice has it twice
 
 
 @pytest.mark.parametrize(
