@@ -37,7 +37,7 @@ from .other_files import BEGINNING, foreign_kind
 # More of those upper bounds stand in cursor.py.
 MAX_PAIRS = 16_384
 MAX_TENSORS = 32_768
-MAX_KEY_BYTES = 1024
+MAX_KEY_BYTES = 256  # errors name them whole
 MAX_TEXT_BYTES = 16 << 20
 MAX_NAME_BYTES = 63  # ggml keeps 64 bytes for a tensor's name
 MAX_DIMENSIONS = 4

@@ -197,6 +197,18 @@ def template(document: Document, draw: Random) -> None:
     ).encode("utf-8", "replace")
 
 
+def named_templates(document: Document, draw: Random) -> None:
+    """Templates with names, many or long, and perhaps none without."""
+    own = document.pair(b"tokenizer.chat_template")
+    if own is None:
+        return
+    for number in range(draw.choice((1, 3, 300))):
+        name = draw.choice((b"tool_use", b"default", b"%d" % number, b"n" * 600, "é\u202e\u3000".encode(), b""))
+        document.pairs.append(Pair(b"tokenizer.chat_template." + name + b"%d" % number, STRING, own.value))
+    if draw.random() < 0.5:
+        document.pairs.remove(own)
+
+
 def data(document: Document, draw: Random) -> None:
     """Bytes of weights: random ones, or a half that is infinite, NaN or as large as halves get, here and there."""
     size = len(document.data)
@@ -209,7 +221,8 @@ def data(document: Document, draw: Random) -> None:
 # Function, and how often it is taken.
 MUTATIONS: tuple[tuple[Mutation, int], ...] = (
     (other_type, 4), (other_value, 4), (known_key, 5), (drop_pair, 2), (rename_pair, 2), (swap_values, 1),
-    (array_claim, 1), (array_element, 5), (vocabulary, 4), (tensor, 5), (head, 1), (template, 3), (data, 4),
+    (array_claim, 1), (array_element, 5), (vocabulary, 4), (tensor, 5), (head, 1), (template, 3),
+    (named_templates, 1), (data, 4),
 )  # fmt: skip
 
 

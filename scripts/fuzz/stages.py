@@ -98,6 +98,7 @@ def judge(path: Path, draw: Random, header_bytes: int, templates: bool = True) -
             court.run("text", lambda: texts(tokenizer, draw))
         court.run("end tokens", lambda: end_tokens(file))
         court.run("admission", lambda: admit_file(file, with_digest=False))
+        court.run("template", lambda: ChatTemplate.of_file(file))
         if templates and file.metadata.get(KEY) is not None and draw.random() < 0.1:
             court.run("template", lambda: render(file, tokenizer, draw))
         model = court.run("binding", lambda: open_model(path, draw.choice((None, 1, 64, 2**31))))

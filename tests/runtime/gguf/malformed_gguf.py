@@ -217,6 +217,8 @@ CASES: dict[str, Case] = {
         build([pair("general.architecture", STRING, b"\xff\xfe")]),
     ),
     "name_not_utf8": right("a name of bytes ff fe", build([pair("general.name", STRING, b"\xff\xfe")])),
+    "key_long": wrong("a key of 257 letters", "key 0", build([pair("k" * 257, U32, 1)])),
+    "key_longest": wrong("twice a key of 256 letters", "k" * 256, build([pair("k" * 256, U32, 1)] * 2)),
     "key_empty": wrong("an empty key", "key 0", build([pair("", U32, 1)])),
     "bool_7": wrong("a bool stored as 7", "k", build([pair("k", BOOL, 7)])),
     "bool_array_2": wrong("a bool in an array stored as 2", "k", build([array("k", BOOL, [0, 1, 2])])),
