@@ -118,7 +118,9 @@ def array_element(document: Document, draw: Random) -> None:
         elif pair.of == STRING:
             word = pair.value[at]
             cut = draw.randrange(len(word) + 1)
-            pair.value[at] = draw.choice((word[:cut], word[:cut] + b" " + word[cut:], word * 300, word + b"\xff"))
+            pair.value[at] = draw.choice(
+                (word[:cut], word[:cut] + b" " + word[cut:], (word * 300)[:100_000], word + b"\xff")
+            )
 
 
 def vocabulary(document: Document, draw: Random) -> None:
