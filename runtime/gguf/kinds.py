@@ -28,7 +28,7 @@ def refuse_other_kinds(file: GgufFile) -> None:
     kind = metadata.get("general.type")
     if isinstance(kind, str) and kind in _TYPES:
         raise UnsupportedModelError(f"this is {_TYPES[kind]}")
-    architecture = metadata.get("general.architecture")
+    architecture = str(metadata.get("general.architecture"))  # it may be no text, which is refused later
     if "adapter.type" in metadata or any(name.endswith((".lora_a", ".lora_b")) for name in names):
         raise UnsupportedModelError(f"this is {_TYPES['adapter']}")
     if architecture == "clip" or any(name.startswith(("v.blk.", "mm.")) for name in names):

@@ -197,6 +197,10 @@ WRONG: dict[str, tuple[dict[str, bytes | None], str]] = {
         "qwen3.attention.head_count: is a list",
     ),
     "a text as the number of parts": ({"split.count": pair("split.count", "str", "3")}, "split.count: must be a whole"),
+    "an architecture of several numbers": (
+        {"general.architecture": pair("general.architecture", "[i32]", [1, 2])},
+        "general.architecture: is no text",
+    ),
     "an architecture of numbers": (
         {"general.architecture": pair("general.architecture", "[i32]", [1])},
         "general.architecture: is no text",
