@@ -18,8 +18,8 @@ QUANTS = "q4_k_m, q5_k_m, q8_0, f16; iq3_m has no kernels and is there to be ref
 EPILOG = """\b
 DIR holds ir/NN-<pass>.txt, fused.txt, fused.dot and fused.json of a token's step and, in prefill/, of the one that
 takes a prompt in; kernels/*.cu, cubins/<arch>/*.cubin and program.json, whose `steps` have their `launches` in order.
-Kernels and program of a second --arch lie in kernels/<arch>/ and program.<arch>.json. No weights are read and no GPU
-is used.
+Kernels and program of a second --arch lie in kernels/<arch>/ and program.<arch>.json. SHA256SUMS lists them all: a DIR
+that holds anything else is left alone. No weights are read and no GPU is used.
 
 \b
 Examples:

@@ -41,7 +41,13 @@ class Compiled:
         self.folder = folder
         self._listed = _listed(folder)
         if not self._listed:
-            raise ModelFileError("is neither a model file nor a folder that psigraph compile wrote", str(folder))
+            other = (folder / "program.json").exists()
+            raise ModelFileError(
+                f"holds no {SUMS}; compile the model again"
+                if other
+                else "is neither a model file nor a folder that psigraph compile wrote",
+                str(folder),
+            )
 
     @property
     def names(self) -> list[str]:

@@ -6,11 +6,13 @@ import ctypes
 import os
 import subprocess
 import sys
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import pytest
 
+from psigraph.diagnosis import satisfies
 from psigraph.ir.errors import CompileError, DeviceError
 from psigraph.runtime import host
 
@@ -131,7 +133,8 @@ def test_capture_records_and_replay_runs(api: Any, scale: Scale) -> None:
     _, count = api.cuGraphGetNodes(graph)
     nodes, _ = api.cuGraphGetNodes(graph, count)
     assert [api.cuGraphNodeGetType(node) for node in nodes] == [0, 0]
-    assert api.cuGraphGetEdges(graph, 1)[2][0].type == 1  # a programmatic edge
+    if satisfies(metadata.version("cuda-bindings"), ">=13.3.1"):  # before, they give memory that is freed already
+        assert api.cuGraphGetEdges(graph, 1)[2][0].type == 1  # a programmatic edge
     executable = api.cuGraphInstantiate(graph, 0)
     api.cuGraphDestroy(graph)
     for _ in range(2):
