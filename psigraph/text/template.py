@@ -17,12 +17,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..ir.errors import ModelFileError, OutputError, UnsupportedModelError, UsageError
+from ..runtime.gguf.cursor import quoted
 from ..runtime.gguf.file import GgufFile
 from ..runtime.gguf.strings import StringArray
 from . import template_child, template_jail
@@ -81,13 +83,13 @@ class ChatTemplate:
         names = _templates(file)
         if chosen is not None:
             if chosen not in names:
-                known = f"those of the model: {', '.join(names)}" if names else "the model has none"
+                known = f"those of the model: {_listed(names)}" if names else "the model has none"
                 raise UsageError(
                     f"--chat-template {chosen[:60]}: is no file, and no chat template of this name ({known})"
                 )
             return cls(names[chosen], tokens, named=KEY if chosen == "default" else f"{KEY}.{chosen}")
         if "default" not in names:
-            others = f"; --chat-template takes one by name: {', '.join(names)}" if names else ""
+            others = f"; --chat-template takes one by name: {_listed(names)}" if names else ""
             what = "is empty" if KEY in file.metadata else "is missing"
             raise UnsupportedModelError(
                 f"{KEY} {what}, so nobody can say how a conversation is written{others}; "
@@ -202,6 +204,12 @@ def read_template(path: str | os.PathLike[str]) -> str:
         what = "is empty" if not text.strip() else f"is longer than {_MOST_SOURCE_BYTES >> 20} MiB"
         raise UsageError(f"{path}: {what}; a chat template is a text in Jinja")
     return text
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names, which are a stranger's, for an error of one line."""
+    first = [quoted(name, 40) for name in islice(names, 4)]
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
 
 
 def _templates(file: GgufFile) -> dict[str, str]:

@@ -373,7 +373,7 @@ def test_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type(f"{SAID}\n")
     terminal.until(f"{SAID}\r\n")
     terminal.until("reading ...")  # the sign of life
-    terminal.until("reading 19 of 19 tokens ...")
+    terminal.until(" of 19 tokens ...")  # how far it is depends on the machine
     terminal.until(" \r")  # the answer has begun
     assert "\x1b" not in terminal.shown  # TERM=dumb
     terminal.type("\x03")

@@ -152,7 +152,7 @@ def test_likeliest_tokens_have_their_text_and_partial_ones_their_bytes(capfd: py
 
 def test_a_file_warns_once_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for times in (1, 0):
-        assert run(["generate", str(Q4), "--prompt-token-ids", "1", "-n", "1"]) == 0
+        assert run(["generate", str(Q4), "--prompt-token-ids", "1", "-n", "1", "--policy", "medpsy"]) == 0
         assert capfd.readouterr().err.count("weights are quantized") == times
     model = tmp_path / "m.gguf"
     model.write_text("")
@@ -164,7 +164,7 @@ def test_a_file_warns_once_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixt
 
 
 def test_quiet_leaves_the_result_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    given = ["generate", str(Q4), "-p", "The whale", "-n", "-1", "-c", "8"]
+    given = ["generate", str(Q4), "-p", "The whale", "-n", "-1", "-c", "8", "--policy", "medpsy"]
     assert run(given) == 0
     loud = capfd.readouterr()
     assert "quantized" in loud.err

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from listed import Listed
 from tiny_model import Q4, reference_greedy
 
 from psigraph.ir.errors import UsageError
@@ -20,7 +21,6 @@ from psigraph.session import Session, open_session
 from psigraph.text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
 from psigraph.text.sampler import SamplerSettings
 from psigraph.text.stop_strings import StopStrings
-from psigraph.text.turns import Turns
 
 
 class Counting:
@@ -234,16 +234,6 @@ def test_the_real_model_goes_on_where_it_was_with_the_same_tokens() -> None:
         timings = run.timings()
     assert (timings["prompt_tokens"], timings["reused_tokens"], timings["generated_tokens"]) == (1, 0, at)
     assert timings["decode_tokens_per_second"] == pytest.approx(at * 1e3 / timings["decode_ms"], rel=0.01)
-
-
-class Listed:
-    """A run of given tokens."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.pieces, self.reason, self.turns = iter(tokens), "", Turns()
-
-    def end(self) -> None:
-        self.reason = self.reason or "interrupted"
 
 
 def test_log_probabilities_are_given_for_tokens_that_are_given() -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from listed import Listed
 from tiny_model import Q4
 
 from psigraph.runtime.gguf.file import open_gguf
@@ -77,18 +78,6 @@ def a_file(kind: int, **changes: Any) -> Any:
     metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": kept}
     metadata |= {KEY: TEMPLATE, **changes}
     return SimpleNamespace(metadata=metadata, value_offsets={})
-
-
-class Listed:
-    """A run of tokens that are known."""
-
-    reason = ""
-
-    def __init__(self, ids: list[int]) -> None:
-        self._ids = iter(ids)
-
-    def __iter__(self) -> Any:
-        return self._ids
 
 
 @pytest.mark.parametrize("kind", [3, 4])
