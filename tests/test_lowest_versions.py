@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import runpy
+import sys
 import tomllib
 from pathlib import Path
 
@@ -40,4 +41,5 @@ def test_commands_need_no_generic_types_of_click(path: Path, monkeypatch: pytest
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look themselves up
     spec.loader.exec_module(module)

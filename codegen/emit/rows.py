@@ -59,8 +59,8 @@ class RowKernel(Parameters):
                 return f"WatchedHalfRows<{view.stride}>{{{to}, {self.param('u32* beyond', self.ctx.beyond)}}}"
             if up:
                 largest = self.param("u32* largest", self.ctx.beyond)
-                slot = self.param("int slot", self.ctx.sampled_slot(self.node))
-                return f"SampledHalfRows<{view.stride}, {up}>{{{to}, {largest}, {slot}}}"
+                sampled = self.param("int sampled_slot", self.ctx.sampled_slot(self.node))
+                return f"SampledHalfRows<{view.stride}, {up}>{{{to}, {largest}, {sampled}}}"
             return f"HalfRows<{view.stride}, {up}>{{{to}}}"
         return f"FloatRows<{width}>{{{self.param(f'float* {name}', self.ctx.write(out))}}}"
 

@@ -23,7 +23,6 @@ import yaml
 
 from .. import models
 from ..ir.errors import PolicyRefusal, UnsupportedModelError, UsageError
-from ..ir.types import WEIGHT_DTYPES
 
 OVERRIDE_OPTION = "--allow-blocked-quantization"
 
@@ -270,6 +269,8 @@ def admit(
     of_size = f" of the {size_label}" if size_label else ""
     refused = rule.decision == "blocked" or rule.override_needed
     if refused and not allow_blocked:
+        from ..ir.types import WEIGHT_DTYPES  # only here: numpy comes with it, and commands begin without
+
         state = "is blocked" if rule.decision == "blocked" else "is allowed only on request"
         whose = f" of the policy {policy.data['policy']}" if active else ""
         # Without kernels for these weights the override would only lead to the next refusal.

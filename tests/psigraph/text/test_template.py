@@ -277,9 +277,9 @@ def test_a_file_may_have_several_templates() -> None:
     assert ChatTemplate.of_file(file).request(HELLO, tools=asked)["source"] == "tools"
     assert ChatTemplate.of_file(file, "rag").source == "documents"
     assert ChatTemplate.of_file(file, "{{ mine }}").source == "{{ mine }}"
-    with pytest.raises(UsageError, match=r"--chat-template none: .* \(those of the model: default, tool_use, rag\)"):
+    with pytest.raises(UsageError, match=r"none: .* \(those of the model: 'default', 'tool_use', 'rag'\)"):
         ChatTemplate.of_file(file, "none")
-    with pytest.raises(UnsupportedModelError, match=r"is missing, .* by name: tool_use"):
+    with pytest.raises(UnsupportedModelError, match=r"is missing, .* by name: 'tool_use'"):
         ChatTemplate.of_file(a_file(tool_use="tools"))
 
 

@@ -178,7 +178,11 @@ OTHER = "51ee947d9cce72ec657577219fd1798fabeabf0d832217fe23c9d6d3d18d5880"
             append("psigraph/bench/report.py", "\nfrom ..medpsy import compare\n"),
             "imports psigraph.medpsy.compare",
         ),
-        ("no sidecar", swap("pyproject.toml", '"click>=8.1"', '"click>=8.1", "llama-cpp-python"'), "pyproject.toml"),
+        (
+            "no sidecar",
+            swap("pyproject.toml", '"click>=8.1.4"', '"click>=8.1.4", "llama-cpp-python"'),
+            "pyproject.toml",
+        ),
         ("no sidecar", lambda root: [shutil.rmtree(root / room) for room in gate._ROOMS], "no source file"),
     ],
 )
