@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -67,13 +67,21 @@ def texts(name: str, value: object) -> tuple[str, ...]:
     return several
 
 
+def first_that_is_not_whole(ids: Sequence[Any]) -> int | None:
+    """Where the first id lies that is no whole number; None where all are."""
+    # A prompt's ids are looked at on the way to its first token: so each type once, not each id.
+    wrong = {kind for kind in set(map(type, ids)) if kind is bool or not issubclass(kind, Integral)}
+    return next((place for place, one in enumerate(ids) if type(one) in wrong), None) if wrong else None
+
+
 def token_ids(name: str, value: Any, give: str = "a list of token ids") -> list[int]:
     """Token ids, of any kind of sequence or array, as ints; TypeError for anything else."""
     if isinstance(value, str | bytes | bytearray | dict) or not isinstance(value, Iterable):
         raise TypeError(f"{name} is {_shown(value)}; give {give}")
     ids = list(value)
-    for place, one in enumerate(ids):
-        require(f"{name}[{place}]", one, Integral, "token ids, which are whole numbers")
+    place = first_that_is_not_whole(ids)
+    if place is not None:
+        raise TypeError(f"{name}[{place}] is {_shown(ids[place])}; give token ids, which are whole numbers")
     return [int(one) for one in ids]
 
 

@@ -14,13 +14,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from . import ending, gpu_start
+from .arguments import first_that_is_not_whole
 from .bench.report import ENGINES
 from .bench.tuned import load_tuned
 from .build import Model, fuse, open_model
@@ -319,11 +319,12 @@ def check_ids(ids: Sequence[int], vocabulary: int, named: str = "") -> None:
     begin = f"{named}: " if named else ""
     if not len(ids):
         raise UsageError(f"{begin}the prompt is empty: give at least one token")
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, Integral):
-            raise TypeError(f"{begin}token id {token!r} is no whole number")
-        if not 0 <= token < vocabulary:
-            raise UsageError(f"{begin}token id {token} is outside the vocabulary; ids are 0 to {vocabulary - 1}")
+    place = first_that_is_not_whole(ids)
+    if place is not None:
+        raise TypeError(f"{begin}token id {ids[place]!r} is no whole number")
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        token = next(token for token in ids if not 0 <= token < vocabulary)
+        raise UsageError(f"{begin}token id {token} is outside the vocabulary; ids are 0 to {vocabulary - 1}")
 
 
 class _Opener:
