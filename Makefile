@@ -40,7 +40,7 @@ pytest: compiler .venv/installed-dev
 slow: compiler .venv/installed-dev
 	@$(VENV) -m pytest -q -n $(WORKERS) -m "slow and not gpu"
 
-# Model files with mistakes, through every stage; SEED=TEXT makes others than yesterday's.
+# Model files with mistakes, through every stage; SEED=TEXT makes others than yesterday's, and other moments of signals.
 SECONDS ?= 240
 SEED ?= psigraph
 fuzz: .venv/installed-dev
@@ -52,7 +52,7 @@ mutants: compiler .venv/installed-dev
 
 # Commands end at any moment by a documented exit code, leave no process and no temporary file, within 2 s.
 signals: compiler .venv/installed-dev
-	@$(VENV) scripts/signals.py --runs $(or $(RUNS),200) --seed $(or $(SEED),1)
+	@$(VENV) scripts/signals.py --runs $(or $(RUNS),200) --seed '$(SEED)'
 
 # What pyproject.toml declares is what runs: an environment of its own with the lowest of all versions.
 lowest: compiler .venv/installed-dev
