@@ -33,7 +33,7 @@ from .runtime.tokenizer.bpe import Tokenizer
 from .session import Session, check_ids, open_session
 from .text.file_sampling import published_sampling
 from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
-from .text.messages import Message, checked, words_of
+from .text.messages import Message, checked, strings_in, words_of
 from .text.prompt import BackgroundTokenizer, warnings_of
 from .text.sampler import SamplerSettings
 from .text.template import ChatTemplate, given_template
@@ -83,6 +83,10 @@ class LanguageModel:
         if expect_sha256 is not None:
             require("expect_sha256", expect_sha256, str, "64 hexadecimal digits")
         require("path", path, (str, os.PathLike), "a string or a path")
+        if chat_template is not None:
+            require("chat_template", chat_template, (str, os.PathLike), "a text, a name or a path")
+        if template_vars is not None:
+            require("template_vars", template_vars, Mapping, "a dict")
         if policy not in (None, "medpsy"):
             raise UsageError(f"policy is {policy!r}; give 'medpsy', or None")
         self._path = path
@@ -108,12 +112,12 @@ class LanguageModel:
 
         self._options = replace(options, admit=admit)
         try:
-            self._session: Session | None = self._opened(replace(self._options, check=self._tokenizer.start))
+            session = self._opened(replace(self._options, check=self._tokenizer.start))
         except BaseException:
             self._tokenizer.close()
             raise
         self.admission = admitted[0]
-        self._decoder = Decoder(self._session, reword=reword)
+        self._decoder, self._closed = Decoder(session, reword=reword), False
         self.guard = guard_for(self.admission)
         self._warn = warn or (lambda warning: warnings.warn(warning, UserWarning, stacklevel=4))
         for warning in self.admission.said:
@@ -133,9 +137,9 @@ class LanguageModel:
     def session(self) -> Session:
         """Where it runs; UsageError once the model is closed, or in a forked child."""
         self._decoder.turns.check()
-        if self._session is None:
+        if self._closed:
             raise UsageError(CLOSED)
-        return self._session
+        return self._decoder.session  # while it is loaded anew the one before, whose facts hold
 
     def _have(self, sampling: bool, logits: bool) -> None:
         """Loads the model anew, once, where a request needs what the program leaves out; by whom has the turn."""
@@ -151,9 +155,12 @@ class LanguageModel:
                 on_compile=None,
             )
             self._tokenizer.wait()  # it reads the file that is about to be closed
-            self._session = None  # so that a model that cannot be loaded again says that it is closed
             session.close()
-            self._session = self._decoder.session = self._opened(self._options)
+            try:
+                self._decoder.session = self._opened(self._options)
+            except BaseException:
+                self._closed = True  # so that a model that cannot be loaded again says so
+                raise
             self._decoder.forget()
 
     @property
@@ -278,10 +285,13 @@ class LanguageModel:
         require("messages", messages, Sequence, "a list of messages")
         if thinking is not None:
             require("thinking", thinking, bool, "True, False or None")
+        if template_vars is not None:
+            require("template_vars", template_vars, Mapping, "a dict")
         limits = self._limits(max_new_tokens, {**self.published_sampling, **sampling}, cancelled)
         with self._asked() as session:
             messages = checked(messages)
             self.ask_guard(messages)
+            self._ask_guard_about(tools, template_vars)
             tokenizer, template = self.tokenizer, self.template
             prompt = self.rendered(messages, thinking, tools, template_vars)
             ids = tokenizer.encode(prompt, session.context)
@@ -373,18 +383,22 @@ class LanguageModel:
                 raise PolicyRefusal(decision.message)
             previous = words if asked else previous
 
+    def _ask_guard_about(self, *others: object) -> None:
+        """The same about what a template may write beside the messages: tools, variables."""
+        written = "\n".join(strings_in((*others, self._template_vars)))
+        if written:
+            self.ask_guard([{"role": "system", "content": written}])
+
     def close(self) -> None:
         """Free everything; who reads a text that is not over hears why it ends. A second call does nothing."""
-        session = self._session
-        if session is None or session.forked:
+        if self._decoder.session.forked:
             return
         with self._decoder.turns.alone(finish=False) as begun:
-            session, self._session = self._session, None
+            self._closed = True
             if begun is not None:
                 begun.end(UsageError(CLOSED))
-            if session is not None:
-                self._tokenizer.close()
-                session.close()
+            self._tokenizer.close()
+            self._decoder.session.close()
 
     def __enter__(self) -> LanguageModel:
         return self
@@ -403,4 +417,5 @@ def sampler_settings(given: dict[str, Any]) -> SamplerSettings:
     for name in given:
         if name not in known:
             raise UsageError(f"{name} is no option of sampling; the options are {', '.join(known)}")
-    return SamplerSettings(**given)
+    # Notebooks compute them: numpy's numbers are numbers.
+    return SamplerSettings(**{name: one.item() if isinstance(one, np.generic) else one for name, one in given.items()})

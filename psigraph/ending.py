@@ -73,7 +73,7 @@ def leave_if_asked() -> None:
 
 def leave(number: int) -> NoReturn:
     """End the process now, with the exit code of a signal; nothing is left."""
-    for stop in before_leaving:
+    for stop in tuple(before_leaving):
         stop()
     _end_children()
     remove_unfinished()
@@ -151,7 +151,7 @@ def _descendants() -> list[int]:
                 state, parent = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
                 if state != "Z":
                     parents.setdefault(int(parent), []).append(int(entry))
-    found = parents.get(os.getpid(), [])
+    found = [process for process in parents.get(os.getpid(), []) if process not in _inherited]
     for process in found:
         found.extend(parents.get(process, ()))
-    return [process for process in found if process not in _inherited]
+    return found

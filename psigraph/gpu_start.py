@@ -67,7 +67,7 @@ def start_driver(device: int) -> Driver:
 
 def _wake_driver() -> None:
     """Let the driver initialize; what is wrong with it, `start_driver` finds again and says."""
-    with suppress(ImportError, RuntimeError):
+    with suppress(ImportError, RuntimeError, ValueError):  # ValueError: a code that the bindings have no name for
         from cuda.bindings import driver
 
         driver.cuInit(0)

@@ -497,8 +497,6 @@ def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
         if may_fail:
             return None, str(error)
         if isinstance(error, UsageError):
-            from .runtime.cuda.driver import OTHER_BACKENDS
-
             raise DeviceError(f"{facts.name}: {error}; {OTHER_BACKENDS}") from None
         raise
     return driver, ""

@@ -42,7 +42,8 @@ def user_cache_dir() -> Path:
 
 def make_private(folder: Path) -> None:
     """Make a folder if it is missing. OSError, its strerror a reason, where it cannot be made or is not ours alone."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for each in (*reversed(folder.parents), folder):  # `parents=True` would make those above by the umask alone
+        each.mkdir(mode=0o700, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid():
         raise OSError(0, "belongs to another user")

@@ -118,7 +118,6 @@ def prepared(
     on_hash: Progress | None = None,
     on_admission: Callable[[Admission], None] | None = None,
     on_size: Callable[[str], None] | None = None,
-    prompt_name: str = "--prompt-token-ids",
     prompt_tokens: int = 0,
     filling: Filling = BENCH_FILLING,
 ) -> Iterator[Bench]:
@@ -128,7 +127,7 @@ def prepared(
     read. options: outputs, sampling, positions, admit and check are those of the work; start: best with a snapshot.
     on_hash: see `admit_file`. prompt_tokens: of the prompt that `prompt_record` is to measure, 0 for none.
     extra_positions: that a profile needs besides. on_size: gets the model's size before a weight is read; may raise.
-    prompt_name, filling: words for errors.
+    filling: words for errors.
     """
     start = options.start
     if start is None and options.backend in GPU_BACKENDS:
@@ -143,7 +142,7 @@ def prepared(
     def check(model: Model) -> None:
         if on_admission:
             on_admission(admissions[0])  # only now: the file is one that runs
-        check_ids(work.prompt, vocabulary_of(model), prompt_name)
+        check_ids(work.prompt, vocabulary_of(model), "--prompt-token-ids")
         sizes.append(check_model_size(model, model_size))
         if on_size:
             on_size(sizes[0])

@@ -410,7 +410,8 @@ def _artifact_problems(report: Mapping[str, Any], policy: Policy) -> list[str]:
         problems.append("admission.tier: differs from artifact.tier")
     quantized = artifact["tier"] not in ("F16", "BF16", "F32", "F64")
     receipt = policy.receipt_warning.format(tier=artifact["tier"])
-    if quantized and receipt not in admission.get("warnings", ()):
+    warnings = admission.get("warnings")
+    if quantized and not (isinstance(warnings, list) and receipt in warnings):
         problems.append("admission.warnings: a quantized route carries its receipt warning")
     return problems
 

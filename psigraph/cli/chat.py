@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..ending import own_interrupts
-from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError, UsageError
+from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError, SpecError, UsageError
 from ..options import SessionOptions
 from .begin_gpu import begin_gpu
 from .chat_history import history_file
@@ -234,7 +234,7 @@ class Talk:
         except PolicyRefusal as error:
             write_pieces([str(error)])
         except PsigraphError as error:
-            self._reply(f"psigraph: {error}")
+            self._reply(printable(f"psigraph: {error}", isinstance(error, SpecError)))
 
     def _answer(self, question: str) -> None:
         """The answer to a question, and what can be done where the context has no room for it."""

@@ -128,7 +128,7 @@ def _load(chat: Chat, rest: str) -> str:
     loaded.load(path)
     loaded.check(loaded.settings)
     conversation.system, conversation.turns, conversation.settings = loaded.system, loaded.turns, loaded.settings
-    chat.file = os.path.realpath(path)
+    chat.file, chat.unanswered = os.path.realpath(path), None
     return f"loaded: {path}, {len(conversation.turns)} messages"
 
 
@@ -144,11 +144,12 @@ def _file(command: str, name: str) -> str:
 
 def _reset(chat: Chat, _: str) -> str:
     chat.conversation.reset()
-    chat.file = None
+    chat.file = chat.unanswered = None
     return "the conversation begins anew"
 
 
 def _undo(chat: Chat, _: str) -> str:
+    chat.unanswered = None
     return f"taken back: {_quoted(chat.conversation.undo())}"
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from ..runtime.whole_files import write_whole
 from .notes import warn
 
 MOST_ENTRIES = 1000
@@ -40,7 +40,7 @@ def read_history(path: Path) -> list[str]:
     if len(lines) > MOST_ENTRIES:
         found = found[-MOST_ENTRIES // 2 :]
         with suppress(OSError):
-            _write(path, found)
+            write_whole(path, b"".join(map(_line, found)))
     return found
 
 
@@ -60,14 +60,3 @@ def add_to_history(path: Path, entry: str) -> bool:
 
 def _line(entry: str) -> bytes:
     return json.dumps(entry).encode() + b"\n"
-
-
-def _write(path: Path, entries: list[str]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            file.writelines(map(_line, entries))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -12,6 +12,7 @@ from ..ir.errors import UsageError
 from ..json_file import check_writable, read_json, write_json_atomically, write_text_atomically
 from ..medpsy.matrix import build_matrix, problems_of, read_source, validate_matrix
 from ..medpsy.matrix_view import markdown, plain, replace_block, svg
+from .notes import note
 from .options import FILE_PATH
 
 MATRIX = "fixtures/medpsy/benchmarks/medpsy_comparator_matrix_20260511_local.json"
@@ -87,7 +88,7 @@ def command(
     tables = markdown(matrix)
     if shown_only:
         click.echo(plain(tables), nl=False)
-        click.echo("nothing is written without --out, --into or --svg", err=True)
+        note("nothing is written without --out, --into or --svg")
         return
     _check_targets([out, *([chart] if chart is not None else []), *into], paths)
     documents = {path: replace_block(_text_of(path), tables, str(path)) for path in into}
@@ -97,7 +98,7 @@ def command(
     for path, text in documents.items():
         write_text_atomically(path, text)
     click.echo(plain(tables), nl=False)
-    click.echo(f"written: {', '.join(str(path) for path in (out, chart, *into) if path is not None)}", err=True)
+    note(f"written: {', '.join(str(path) for path in (out, chart, *into) if path is not None)}")
 
 
 def _check_targets(targets: Sequence[Path], reports: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 _TOLD = "told"  # folder beside the kernel cache: an empty file for each warning that a user has read
+_MOST_LETTERS = 20_000
 _quiet = False
 
 
@@ -34,14 +35,15 @@ def warn(text: str) -> None:
     note(f"psigraph: warning: {printable(text)}")
 
 
-def printable(message: str) -> str:
-    """The message with control characters escaped: names out of a model file must not drive the terminal.
-
-    Line breaks stay, since an error in a spec shows the program with the offender underlined.
-    """
+def printable(message: str, lines: bool = True) -> str:
+    """The message with control characters escaped, and not without end: names out of a model file must not drive the
+    terminal. lines: line breaks stay; else they are escaped too, since they could begin a line that is not ours."""
+    shown = message if len(message) <= _MOST_LETTERS else f"{message[:_MOST_LETTERS]} ..."
     return "".join(
-        letter if letter == "\n" or letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-        for letter in message
+        letter
+        if (lines and letter == "\n") or letter.isprintable()
+        else letter.encode("unicode_escape", "replace").decode("ascii")
+        for letter in shown
     )
 
 
@@ -59,12 +61,13 @@ def _is_news(path: Path, text: str) -> bool:
     import hashlib
 
     from ..runtime.cuda.kernel_cache import default_cache_dir
+    from ..runtime.private_cache import make_private
 
     try:
         status = path.stat()
         known = f"{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}\0{text}"
         folder = default_cache_dir() / _TOLD
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(folder)
         name = hashlib.sha256(os.fsencode(known)).hexdigest()[:32]
         os.close(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:

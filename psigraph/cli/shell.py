@@ -16,7 +16,7 @@ import click
 from click.shell_completion import shell_complete
 
 from ..ending import asked
-from ..ir.errors import OutOfMemoryError, PsigraphError
+from ..ir.errors import OutOfMemoryError, PsigraphError, SpecError
 from .commands import main
 from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTEM
 from .notes import is_quiet, printable, set_quiet
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         return _fail(_usage_line(error), error.exit_code)
     except PsigraphError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code, isinstance(error, SpecError))
     except ModuleNotFoundError as error:
         if _is_ours(error.name):
             return _defect(error)
@@ -121,14 +121,14 @@ def _defect(error: Exception) -> int:
     )
 
 
-def _fail(message: str, code: int) -> int:
-    """Prints the one line, after the traceback when one is asked for."""
+def _fail(message: str, code: int, lines: bool = False) -> int:
+    """Prints the one line, after the traceback when one is asked for. lines: several, the offender underlined."""
     if os.environ.get("PSIGRAPH_DEBUG", "0") not in ("", "0"):
         traceback.print_exc()
     # After a signal, what fails since it was cut short is nobody's news.
     if asked() is None:
         with suppress(BrokenPipeError):  # if nobody reads stderr either, the exit code still tells
-            click.echo(f"psigraph: {printable(message)}", err=True)
+            click.echo(f"psigraph: {printable(message, lines)}", err=True)
     return code
 
 

@@ -10,6 +10,7 @@ from ..ir.errors import UsageError
 from ..options import SessionOptions
 from .kernels_only import kernels_only
 from .model_argument import model_argument
+from .notes import note
 from .options import Seconds, backend_option, kv_type_option
 from .stages import stages
 
@@ -55,7 +56,7 @@ def command(model: Path, backend: str, device: int, kv_type: str, seconds: float
         assert facts is not None
 
         def show(name: str, shape: str, us: float, fastest: float) -> None:
-            click.echo(f"  {us:10.1f} us  best {fastest:10.1f}  {name}: {shape}", err=True)
+            note(f"  {us:10.1f} us  best {fastest:10.1f}  {name}: {shape}")
 
         found = tune(session, target_of(session), seconds, show)
         click.echo(

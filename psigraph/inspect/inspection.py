@@ -37,6 +37,7 @@ from .picture import identical_layers, longest_chain
 from .sums import Compiled
 
 INPUT = "input"
+_RECORD_KEYS = ("arch", "model", "steps", "kernels", "passes", "prefill_passes", "notes")
 _GRAPH_FILE = re.compile(r"(\d{2,})-(\w+)\.txt")
 
 
@@ -214,20 +215,33 @@ def _ends(ends: list[dict[str, Any]]) -> str:
     return "; ".join(found) or "none: a text ends at the limit"
 
 
+def _record(compiled: Compiled, name: str) -> dict[str, Any]:
+    """A program.json of this version; ModelFileError where it is another's, or none."""
+    again = "compile the model again"
+    try:
+        record = json.loads(compiled.text(name))
+    except (ValueError, RecursionError):
+        raise ModelFileError(f"is no JSON; {again}", str(compiled.folder / name)) from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ModelFileError(f"was compiled by another version of psigraph; {again}", str(compiled.folder))
+    missing = [key for key in _RECORD_KEYS if key not in record]
+    if missing:
+        raise ModelFileError(f"{missing[0]} is missing; {again}", str(compiled.folder / name))
+    return record
+
+
 def _folder(path: Path, step: str, arch: str | None) -> Inspected:
     compiled = Compiled(path)
     programs = {
         match[1] or "": name for name in compiled.names if (match := re.fullmatch(r"program(?:\.(\w+))?\.json", name))
     }
-    record = json.loads(compiled.text(PROGRAM_FILE))
-    if record.get("schema") != SCHEMA:
-        raise ModelFileError("was compiled by another version of psigraph; compile the model again", str(path))
+    record = _record(compiled, PROGRAM_FILE)
     arches = [str(record["arch"]), *filter(None, programs)]
     kernels = "kernels"
     if arch is not None and arch not in arches:
         raise UsageError(f"--arch {arch}: {path} is compiled for {', '.join(arches)}")
     if arch is not None and arch != arches[0]:
-        record, kernels = json.loads(compiled.text(programs[arch])), f"kernels/{arch}"
+        record, kernels = _record(compiled, programs[arch]), f"kernels/{arch}"
     place = "ir" if step == DECODE else f"{step}/ir"
     by_name = {
         match[2]: name
@@ -237,7 +251,7 @@ def _folder(path: Path, step: str, arch: str | None) -> Inspected:
     further = f"; --arch shows {', '.join(one for one in arches if one != record['arch'])}" if arches[1:] else ""
     return Inspected(
         name=path.name,
-        facts={"model": one_line(str(record["model"])), "compiled for": f"{record['arch']}{further}"},
+        facts={"model": one_line(str(record["model"])), "compiled for": one_line(f"{record['arch']}{further}")},
         _names=tuple(by_name),
         _graph=lambda stage: parse_graph(compiled.text(by_name[stage]), Path(by_name[stage]).name),
         _program=lambda: record,

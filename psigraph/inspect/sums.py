@@ -20,6 +20,8 @@ def write_sums(folder: Path) -> None:
 def first_foreign(folder: Path) -> str | None:
     """The first file in a folder that is not as `write_sums` listed it; None if all are. Raises OSError."""
     listed = _listed(folder)
+    if not listed:  # not one of ours, however large it is
+        return next((path.name for path in folder.iterdir()), None)
     folders = {parent.as_posix() for name in listed for parent in Path(name).parents}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -61,11 +63,14 @@ class Compiled:
             if not path.is_file():
                 raise ModelFileError("is missing; compile the model again", str(path))
             data = path.read_bytes()
+            text = data.decode()
         except OSError as error:
             raise ModelFileError(f"cannot be read: {error.strerror}; compile the model again", str(path)) from None
+        except UnicodeDecodeError:
+            raise ModelFileError("is not UTF-8; compile the model again", str(path)) from None
         if self._listed.get(name) != _sha256(data):
             raise ModelFileError("is not what psigraph compile wrote; compile the model again", str(path))
-        return data.decode()
+        return text
 
 
 def _listed(folder: Path) -> dict[str, str]:

@@ -84,7 +84,8 @@ class ChatSettings:
             found = cls(SamplerSettings(**values, logit_bias=biases), most, thinking, tuple(stop))
             StopStrings(found.stop)
             texts = isinstance(stop, list | tuple) and all(isinstance(one, str) for one in stop)
-            if not texts or thinking not in (True, False, None) or (most is not None and not most >= 1):
+            switched = thinking is None or isinstance(thinking, bool)
+            if not texts or not switched or (most is not None and (type(most) is not int or most < 1)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             raise UsageError("its settings are not those of a chat") from None
@@ -104,8 +105,8 @@ def _biases(text: str) -> dict[int, float]:
         return {}
     try:
         return {int(token): _bias(bias) for token, bias in dict(json.loads(text)).items()}
-    except (ValueError, TypeError):
-        raise UsageError(f'logit_bias is {text!r}; give token ids and biases as {{"42": -5}}, or none') from None
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise UsageError(f'logit_bias is {text[:40]!r}; give token ids and biases as {{"42": -5}}, or none') from None
 
 
 def _bias(value: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..ir.errors import UsageError
@@ -80,6 +80,18 @@ def words_of(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(str(part["text"]) for part in content or () if isinstance(part, Mapping) and "text" in part)
+
+
+def strings_in(value: object) -> Iterator[str]:
+    """Every text in nested lists and dicts, names of entries aside."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from strings_in(one)
+    elif isinstance(value, Sequence):
+        for one in value:
+            yield from strings_in(one)
 
 
 def is_unicode(text: str) -> bool:

@@ -15,6 +15,7 @@ from ..medpsy.policy import Admission
 from ..runtime.gguf.file import GgufFile
 from ..runtime.tokenizer.bpe import Tokenizer
 from ..runtime.tokenizer.end_tokens import named_end_tokens
+from .messages import strings_in
 from .template import ChatTemplate
 from .thinking import Marks, marks_of_chat, marks_of_text
 
@@ -163,7 +164,7 @@ class Prompt:
             return
         request = self.request
         text = request.text if request.text is not None else self.tokenizer.get().decode(self.ids)
-        for part in (request.system or "", text):
+        for part in (request.system or "", "\n".join(strings_in(request.variables)), text):
             decision = guard.classify(part)
             if decision.refused:
                 raise PolicyRefusal(decision.message)

@@ -60,14 +60,16 @@ class SamplerSettings:
         _whole("penalty_window", self.penalty_window, -1, (1 << 31) - 1)
         _whole("seed", self.seed, 0, SEEDS - 1)
         if not isinstance(self.logit_bias, Mapping):
-            raise UsageError(f"logit_bias is {self.logit_bias!r}; give token ids and what is added to their logits")
+            raise UsageError(
+                f"logit_bias is {_shown(self.logit_bias)}; give token ids and what is added to their logits"
+            )
         if len(self.logit_bias) > BIAS_SLOTS:
             raise UsageError(f"logit_bias: {len(self.logit_bias)} tokens; at most {BIAS_SLOTS} are supported")
         for token, bias in self.logit_bias.items():
             _whole("logit_bias", token, 0, (1 << 31) - 1)
             if not isinstance(bias, (int, float)) or not (bias == -math.inf or abs(bias) <= MOST_BIAS):
                 raise UsageError(
-                    f"logit_bias of token {token} is {bias}; give a number, or -infinity to forbid it; "
+                    f"logit_bias of token {token} is {_shown(bias)}; give a number, or -infinity to forbid it; "
                     f"numbers end at {MOST_BIAS:.3g}"
                 )
 
@@ -119,9 +121,14 @@ class SamplerSettings:
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise UsageError(f"{name} is {value}; it must be a number from {low:g} to {high:g}")
+        raise UsageError(f"{name} is {_shown(value)}; it must be a number from {low:g} to {high:g}")
 
 
 def _whole(name: str, value: int, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name} is {value}; it must be a whole number from {low} to {high}")
+        raise UsageError(f"{name} is {_shown(value)}; it must be a whole number from {low} to {high}")
+
+
+def _shown(value: object) -> str:
+    """A value for a message of one line: saved chats hold anything."""
+    return ascii(str(value))[1:-1][:40]

@@ -260,6 +260,7 @@ def _header_folder(headers: Mapping[str, str]) -> Path:
     key = hashlib.sha256("\0".join([*headers, *headers.values()]).encode()).hexdigest()[:32]
     folder = cache_directory() / f"headers-{key}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    os.utime(folder)  # in use: `prune` asks the folder, not what lies in it
     for name, text in headers.items():
         if not _holds(folder / name, text.encode()):
             write_whole(folder / name, text.encode())
@@ -311,6 +312,7 @@ def build_library(source: Path, image_name: str, options: tuple[str, ...] = ()) 
     folder = cache_directory() / f"{source.stem}-{key}"
     image = folder / image_name
     if _is_whole(image):
+        os.utime(folder)  # in use, as above
         return image
     folder.mkdir(mode=0o700, exist_ok=True)
     with scratch_folder(cache_directory(), source.stem) as scratch:

@@ -243,7 +243,7 @@ def test_the_guard_reads_a_request_with_the_users_turn_before_it_and_with_no_oth
             return SimpleNamespace(refused=False)
 
     model: Any = object.__new__(LanguageModel)
-    model.guard = Watching()
+    model.guard, model._template_vars = Watching(), {"note": "a variable"}
     roles = ("system", "user", "assistant", "tool", "user", "developer")
     model.ask_guard([{"role": role, "content": f"{index} {role}"} for index, role in enumerate(roles)])
     seen = [("0 system", ""), ("1 user", ""), ("4 user", "1 user"), ("5 developer", "")]
@@ -251,6 +251,8 @@ def test_the_guard_reads_a_request_with_the_users_turn_before_it_and_with_no_oth
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     model.ask_guard([{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [{}]}])
     assert Watching.seen == [*seen, ("a\nb", "")]
+    model._ask_guard_about([{"function": {"description": "a tool"}}], {"more": ["a list"]})
+    assert Watching.seen[-1] == ("a tool\na list\na variable", "")
 
 
 def test_texts_of_megabytes_are_refused_before_the_library_panics(

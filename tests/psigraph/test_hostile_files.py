@@ -101,6 +101,35 @@ def test_saved_chats(tmp_path: Path) -> None:
     hostile(good, use, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_new_tokens": 2.5}, {"max_new_tokens": True}, {"max_new_tokens": 1e308}, {"thinking": 1},
+        {"temperature": "x\nforged: line"},
+    ],
+)  # fmt: skip
+def test_settings_of_saved_chats(setting: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    settings = {**ChatSettings().record(), **setting}
+    path.write_text(json.dumps({"format": FORMAT, "model": "m", "system": None, "messages": [], "settings": settings}))
+    with pytest.raises(UsageError) as caught:
+        Conversation(SimpleNamespace()).load(path)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bias_typed_in_a_chat() -> None:
+    with pytest.raises(UsageError, match="give token ids and biases"):
+        ChatSettings().with_value("logit_bias", '{"1": 1' + "0" * 400 + "}")
+
+
+@pytest.mark.parametrize("warnings", [5, True, None, "text"])
+def test_warnings_of_a_report_that_are_none(warnings: object) -> None:
+    report = a_report(100.0)
+    report["artifact"]["tier"] = "Q4_K_M"
+    report["admission"]["warnings"] = warnings
+    assert any("receipt warning" in problem for problem in validate_report(report))
+
+
 def test_reports_and_matrices(tmp_path: Path) -> None:
     good = a_report(100.0)
 

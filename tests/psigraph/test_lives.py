@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 from nano import write_nano
 
 import psigraph
+from psigraph import api
 from psigraph.api import LanguageModel
 from psigraph.ir.errors import PsigraphError, UsageError
 from psigraph.runtime import host
@@ -284,3 +287,49 @@ def test_errors_speak_of_parameters(nano: Path, ask: Callable[[Path], Any], name
     with pytest.raises(PsigraphError, match=named) as caught:
         ask(nano)
     assert "--" not in str(caught.value)
+
+
+def test_while_a_model_is_loaded_anew_others_wait_and_close_waits(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded(nano, "cpu")
+    reading, go_on = threading.Event(), threading.Event()
+    opened = api.open_session
+
+    def slowly(*arguments: Any) -> Any:
+        reading.set()
+        assert go_on.wait(30)
+        return opened(*arguments)
+
+    monkeypatch.setattr(api, "open_session", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        drawn = pool.submit(lambda: list(model.generate([1], 2, seed=1)))
+        assert reading.wait(30)
+        assert model.encode("a")
+        assert model.context
+        other = pool.submit(lambda: list(model.generate([1], 2)))
+        closed = pool.submit(model.close)
+        go_on.set()
+        assert len(drawn.result(30)) <= 2
+        with suppress(UsageError):  # the turn is its own or the closing's
+            other.result(30)
+        closed.result(30)
+    with pytest.raises(UsageError, match="closed"):
+        model.generate([1])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"chat_template": 5}, "chat_template is 5"),
+        ({"template_vars": [1]}, "template_vars is"),
+        ({"template_vars": "ab"}, "template_vars is"),
+    ],
+)
+def test_wrong_types_of_templates(nano: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"^{next(iter(options))} is "):
+        psigraph.load(nano, "cpu", **options)
+
+
+def test_numbers_of_numpy_are_numbers(nano: Path) -> None:
+    with loaded(nano, "cpu") as model:
+        drawn = list(model.generate([1], 4, seed=np.int64(2), temperature=np.float32(0.5)))
+        assert drawn == list(model.generate([1], 4, seed=2, temperature=0.5))

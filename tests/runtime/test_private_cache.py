@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from psigraph.runtime.gguf.file_digest import _entry, _identity, file_digest
-from psigraph.runtime.private_cache import user_cache_dir
+from psigraph.runtime.private_cache import make_private, user_cache_dir
 
 
 def unknown(_: int) -> None:
@@ -62,3 +62,13 @@ def test_a_planted_digest_is_not_believed(planted: str, tmp_path: Path) -> None:
         if planted == "in a folder of everybody":
             cache.chmod(0o777)
         assert file_digest(file.fileno(), model, cache_dir=cache) == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_folders_above_a_cache_are_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        make_private(tmp_path / "a" / "b" / "host")
+    finally:
+        os.umask(before)
+    make_private(tmp_path / "a" / "b")
+    assert (tmp_path / "a").stat().st_mode & 0o077 == 0

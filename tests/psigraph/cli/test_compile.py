@@ -377,7 +377,7 @@ def test_inspect_refuses(arguments: list[str], named: str, compiled: Path, capsy
     "harm",
     [
         "nothing left", "no list", "no program", "torn program", "no graph", "another graph", "no kernel", "a folder",
-        "not text", "another version",
+        "not text", "another version", "no JSON", "a list", "deep", "no steps",
     ],
 )  # fmt: skip
 def test_inspect_refuses_folders_that_are_not_whole(
@@ -389,9 +389,10 @@ def test_inspect_refuses_folders_that_are_not_whole(
     graph, program, kernel = folder / "ir" / "00-input.txt", folder / "program.json", folder / "kernels/embed_norm.cu"
     sums = folder / "SHA256SUMS"
 
-    def old() -> None:
-        was, now = program.read_text(), '{"schema": "psigraph.program.v0"}'
-        program.write_text(now)
+    def listed(path: Path, now: str) -> None:
+        """Another text, whose digest is that of the list."""
+        was = path.read_text()
+        path.write_text(now)
         digests = [hashlib.sha256(text.encode()).hexdigest() for text in (was, now)]
         sums.write_text(sums.read_text().replace(*digests))
 
@@ -405,7 +406,11 @@ def test_inspect_refuses_folders_that_are_not_whole(
         "no kernel": kernel.unlink,
         "a folder": lambda: (graph.unlink(), graph.mkdir()),
         "not text": lambda: kernel.write_bytes(b"\xff\xfe"),
-        "another version": old,
+        "another version": lambda: listed(program, '{"schema": "psigraph.program.v0"}'),
+        "no JSON": lambda: listed(program, "{"),
+        "a list": lambda: listed(program, "[]"),
+        "deep": lambda: listed(program, "[" * 100_000),
+        "no steps": lambda: listed(program, program.read_text().replace('"steps"', '"parts"', 1)),
     }[harm]()
     wanted = ["--kernel", "embed_norm"] if harm in ("no kernel", "not text") else ["--stage", "model"]
     assert run(["inspect", str(folder), *wanted]) == 3
