@@ -296,9 +296,11 @@ class LanguageModel:
             prompt = self.rendered(messages, thinking, tools, template_vars)
             ids = tokenizer.encode(prompt, session.context)
             if len(ids) > session.context:
+                several = sum(message["role"] == "user" for message in messages) > 1
+                less = "begin anew (/reset in a chat)" if several else "shorten it"
                 raise UsageError(
-                    f"the conversation has {len(ids):,} tokens, the context holds {session.context:,}: begin anew "
-                    f"(/reset in a chat){session.larger_context}"
+                    f"the conversation has {len(ids):,} tokens, the context holds {session.context:,}: {less}"
+                    f"{session.larger_context}"
                 )
             return self._text(ids, limits, stop, marks_of_chat(session.model.file, tokenizer, template, prompt))
 
@@ -314,7 +316,7 @@ class LanguageModel:
             return self.template.render(
                 messages,
                 thinking,
-                tools=tools,
+                tools=tools or None,  # clients send an empty list
                 variables={**self._template_vars, **(template_vars or {})},
                 most_characters=session.context * self.tokenizer.longest_token,
             )

@@ -485,6 +485,7 @@ def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
         driver = starting.take()
     except DeviceError as error:
         if may_fail:
+            error.with_traceback(None)  # kept with the start; its frames would keep the model
             return None, str(error)
         raise
     try:

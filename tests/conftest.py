@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import pytest
 
 # Helpers of several rooms' tests lie in tests/support and are imported by name, although tests are no package.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+# A job in the background ignores Ctrl-C, under nohup SIGHUP too, and so would what it starts: several tests send them.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
 
 MOST_MIB = 1536
 PEAKS = pytest.StashKey[dict[str, int]]()  # process -> MiB at most; with -n also those of the workers

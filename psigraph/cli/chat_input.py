@@ -35,7 +35,8 @@ def terminal_reader(history: Path | None = None) -> Read:
     readline.set_auto_history(False)  # an entry of several lines is one, and `remember` knows where it ends
     readline.clear_history()
     for entry in read_history(history) if history is not None else ():
-        readline.add_history(entry)
+        with suppress(UnicodeEncodeError):  # typed where the locale had letters that this one lacks
+            readline.add_history(entry)
     if is_dumb() or "GNU" not in (readline.__doc__ or ""):  # Python with libedit
         return _with_what_waits
     readline.parse_and_bind("set enable-bracketed-paste on")  # Python turns it off
@@ -61,7 +62,7 @@ class History:
 
     def remember(self, entry: str) -> None:
         """The entry is over."""
-        with suppress(ImportError):
+        with suppress(ImportError, UnicodeEncodeError):
             import readline
 
             readline.add_history(entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +18,7 @@ from .generation import TextRun
 from .messages import checked, words_of
 from .sampler import SamplerSettings
 from .stop_strings import StopStrings
+from .template import TooLongError
 
 FORMAT = "psigraph chat 1"
 # What Qwen3's model card asks for; taking the likeliest token each time makes its thinking go round in circles.
@@ -195,7 +197,10 @@ class Conversation:
     def _tokens(self, dropped: int, question: str) -> int:
         """Of the prompt, without the oldest turns."""
         rest = replace(self, turns=self._without(dropped))
-        return len(self.model.encode(rest.rendered(question)))
+        try:
+            return len(self.model.encode(rest.rendered(question)))
+        except TooLongError:
+            return sys.maxsize
 
     def _without(self, count: int) -> Turns:
         starts = [index for index, turn in enumerate(self.turns) if turn["role"] == "user"]

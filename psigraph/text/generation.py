@@ -305,18 +305,23 @@ class TextRun(Written[str]):
                 piece = self._stops.push(self._tokenizer.decode([token]), hidden=True)
             else:
                 piece = self._stops.push(self._stream.push(token))
-            yield from self._shown(piece)
+            if self._kept(piece):
+                yield piece
             if self._stops.found:
                 self.tokens.reason = STOP  # it may have been the last token that was allowed, too
                 self.tokens.end()
                 return
-        yield from self._shown(self._stops.push(self._stream.finish()))
+        piece = self._stops.push(self._stream.finish())
+        if self._kept(piece):
+            yield piece
         if self._stops.found:
             self.tokens.reason = STOP
             return
-        yield from self._shown(self._stops.finish())
-
-    def _shown(self, piece: str) -> Iterator[str]:
-        if piece:
-            self.text += piece
+        piece = self._stops.finish()
+        if self._kept(piece):
             yield piece
+
+    def _kept(self, piece: str) -> str:
+        """The piece, which is now part of the text. No generator: one that waits would refer to what shall be free."""
+        self.text += piece
+        return piece

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -49,6 +50,10 @@ _PROBE = [
     {"role": "assistant", "content": _END_OF_WORDS},
     {"role": "user", "content": "b"},
 ]
+
+
+class TooLongError(UsageError):
+    """A conversation that the context cannot hold, whatever the tokenizer makes of it."""
 
 
 class ChatTemplate:
@@ -171,7 +176,7 @@ class ChatTemplate:
             case "refused":
                 return UsageError(f"the model's chat template refuses this conversation: {error}")
             case "long":
-                return UsageError(
+                return TooLongError(
                     f"the chat template writes more than {most_characters:,} characters of this conversation, and the "
                     "context cannot hold them; shorten it, or take a larger --ctx"
                 )
@@ -238,12 +243,12 @@ def _variables(source: str, thinking: bool | None, given: Mapping[str, Any] | No
     for name, value in (given or {}).items():
         if not isinstance(name, str) or not name.isidentifier() or name in _GIVEN:
             raise UsageError(f"--template-var {str(name)[:40]!r}: is no variable that can be set")
-        if name not in source:
+        if not re.search(rf"(?<![\w.]){name}\b", source):  # a word of it, not a part of one
             raise UsageError(f"--template-var {name[:40]}: the model's chat template knows no such variable")
         found[name] = plain(value, f"--template-var {name}")
     if thinking is not None:
         option = f"--thinking {'on' if thinking else 'off'}"
-        if "enable_thinking" not in source:
+        if not re.search(r"\benable_thinking\b", source):
             raise UsageError(f"{option}: the model's chat template cannot switch thinking; leave the option out")
         if "enable_thinking" in found:
             raise UsageError(f"{option}: --template-var sets enable_thinking too; give one of them")

@@ -29,6 +29,7 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
         self._thread: int | None = None  # that computes
+        self._ending = 0  # who want to end a text or the model: before anybody's next piece
         self._begun: weakref.ref[Written[Any]] | None = None
         self._process = os.getpid()
 
@@ -51,7 +52,7 @@ class Turns:
                         return text.taken()
                     mine = True
                     begun = self._take(text)
-                (begun or text).compute()
+                (begun or text).compute(mine=begun is None or begun is text)
                 begun = None  # which may be dropped by its reader meanwhile
             finally:
                 if mine:
@@ -64,13 +65,16 @@ class Turns:
             mine = False
             try:
                 with self._changed:
-                    self._wait()
+                    if finish:
+                        self._wait()
+                    else:
+                        self._wait_to_end()
                     mine = True
                     begun = self._take(None)
                 if begun is None or not finish:
                     yield begun
                     return
-                begun.compute()
+                begun.compute(mine=False)
                 begun = None
             finally:
                 if mine:
@@ -81,7 +85,16 @@ class Turns:
         self.check()
         if self._thread == threading.get_ident():
             raise UsageError("the model is asked from within its own work; ask once that is done")
-        self._changed.wait_for(lambda: self._thread is None or unless())
+        self._changed.wait_for(lambda: (self._thread is None and not self._ending) or unless())
+
+    def _wait_to_end(self) -> None:
+        """The same for who ends something: a reader that asks for piece after piece would never leave the turn."""
+        self._ending += 1
+        try:
+            self._wait(lambda: self._thread is None)
+        finally:
+            self._ending -= 1
+            self._changed.notify_all()
 
     def _take(self, asking: Written[Any] | None) -> Written[Any] | None:
         """The turn; the text that was begun and is not over, else the one that asks."""
@@ -139,8 +152,8 @@ class Written(ABC, Iterator[T], Generic[T]):
         finally:
             del failed  # its traceback holds this frame
 
-    def compute(self) -> None:
-        """One piece more, or the end; by whom has the turn."""
+    def compute(self, mine: bool = True) -> None:
+        """One piece more, or the end; by whom has the turn. mine: whoever computes reads it, too."""
         try:
             self._ahead.append(next(self.pieces))
         except StopIteration:
@@ -148,7 +161,7 @@ class Written(ABC, Iterator[T], Generic[T]):
         except Exception as error:  # belongs to whom reads the text, not to whom waits for it
             self._failed, self.over = error, True  # in this order: a reader may look in between
         except BaseException:  # Ctrl-C: whoever computes hears it, and a text that it went through is torn
-            self.end()
+            self.end(None if mine else UsageError("it was interrupted while another request computed it; ask again"))
             raise
 
     def end(self, failed: Exception | None = None) -> None:

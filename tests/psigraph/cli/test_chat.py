@@ -294,15 +294,15 @@ def test_ctrl_c_while_an_answer_comes_is_noted_and_the_second_one_raises() -> No
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = api.TextRun._shown
+    kept = api.TextRun._kept
     presses = [signal.SIGINT]
 
-    def shown(self: Any, piece: str) -> Iterator[str]:
+    def interrupted(self: Any, piece: str) -> str:
         if len(self.ids) == 2 and presses:
             signal.raise_signal(presses.pop())
-        return chosen(self, piece)
+        return kept(self, piece)
 
-    monkeypatch.setattr(api.TextRun, "_shown", shown)
+    monkeypatch.setattr(api.TextRun, "_kept", interrupted)
     talk(monkeypatch, f"{SAID}\n/set max_new_tokens 1\nGo on.\n", "--max-new-tokens", "20")
     shown_text = capfd.readouterr()
     assert len(shown_text.out.splitlines()) == 2

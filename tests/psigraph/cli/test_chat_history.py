@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from psigraph.cli.chat_history import MOST_ENTRIES, add_to_history, history_file, read_history
-from psigraph.cli.chat_input import History
+from psigraph.cli.chat_input import History, terminal_reader
 
 
 def test_entries_come_back_whole_and_are_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +53,19 @@ def test_a_history_that_cannot_be_kept_is_said_once(tmp_path: Path, capsys: pyte
     os.mkfifo(tmp_path / "fifo")
     assert read_history(tmp_path / "fifo") == []  # and does not wait for a writer
     assert not add_to_history(tmp_path / "fifo", "a")
+
+
+def test_letters_that_the_locale_lacks_stay_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(entry: str) -> None:
+        entry.encode("ascii")
+
+    readline: Any = ModuleType("readline")
+    readline.add_history = refuse
+    readline.set_auto_history = readline.parse_and_bind = lambda _: None
+    readline.clear_history = lambda: None
+    monkeypatch.setitem(sys.modules, "readline", readline)
+    history = History(tmp_path / "history")
+    history.remember("Ñandú ☃")
+    history.remember("plain")
+    assert read_history(tmp_path / "history") == ["Ñandú ☃", "plain"]
+    assert terminal_reader(tmp_path / "history")

@@ -364,3 +364,11 @@ def test_the_process_has_no_file_no_network_and_no_children() -> None:
     else:  # no descriptor all the same
         assert attempts[:2] == ["OSError 24", "OSError 24"]
         assert attempts[-1] == "MemoryError None"
+
+
+def test_a_variable_is_a_word_of_the_template_and_no_part_of_one() -> None:
+    template = ChatTemplate("{{ effort }}{% for m in messages %}{{ m.role }}{% endfor %}")
+    assert template.request(HELLO, variables={"effort": 1})
+    for name in ("role", "ort", "f"):
+        with pytest.raises(UsageError, match="knows no such variable"):
+            template.request(HELLO, variables={name: 1})
