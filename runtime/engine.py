@@ -154,6 +154,7 @@ class Engine:
                     loaded.launch_all(step)
                     self.synchronize()
                 check_half_range(loaded, plan.program)
+                self.clear(f"{PREFILL}.beyond")
                 loaded.capture(PREFILL)
             except BaseException:
                 loaded.library = None
@@ -193,7 +194,6 @@ class Engine:
         if count < FEWEST or not self.prepare_prefill():
             return 0
         taken, rows = 0, self.program.step(PREFILL).rows
-        self.clear(f"{PREFILL}.beyond")
         while count - taken >= FEWEST:
             size = min(rows, count - taken)
             self._copy(f"{PREFILL}.tokens", self._ids.address + 4 * taken, 4 * size)
@@ -317,8 +317,10 @@ class Engine:
             self.step()
             if on_step:
                 on_step(index)
-        if taken and (what := self._not_held_by_halves()):
-            self._take_steps(ids, what)
+        if taken:
+            self.clear(f"{PREFILL}.beyond")  # for the next prompt, behind what this one's first token waits for
+            if what := self._not_held_by_halves():
+                self._take_steps(ids, what)
 
     def logits(self) -> np.ndarray:
         """Logits of the last step, float32[vocabulary]; waits for it."""
@@ -422,7 +424,9 @@ class Engine:
         self._copy(f"{PREFILL}.tokens", self._ids.address, 4 * len(ids))
         self._copy_numbers(f"{PREFILL}.positions", position, len(ids))
         self._copy_numbers(f"{PREFILL}.count", len(ids), 1)
-        return step_times(self._stream, lambda: self._loaded.run(PREFILL), count)
+        times = step_times(self._stream, lambda: self._loaded.run(PREFILL), count)
+        self.clear(f"{PREFILL}.beyond")
+        return times
 
     # --- ending ---
 
