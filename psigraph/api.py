@@ -32,10 +32,10 @@ from .runtime.gguf.file import GgufFile
 from .runtime.tokenizer.bpe import Tokenizer
 from .session import Session, check_ids, open_session
 from .text.file_sampling import published_sampling
-from .text.generation import GREEDY, Decoder, Limits, TextRun, TokenRun
+from .text.generation import Decoder, Limits, TextRun, TokenRun
 from .text.messages import Message, checked, strings_in, words_of
 from .text.prompt import BackgroundTokenizer, warnings_of
-from .text.sampler import SamplerSettings
+from .text.sampler import sampler_settings
 from .text.template import ChatTemplate, given_template
 from .text.thinking import Marks, marks_of_chat, marks_of_text
 
@@ -409,15 +409,3 @@ class LanguageModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def sampler_settings(given: dict[str, Any]) -> SamplerSettings:
-    """Greedy for nothing given, else the defaults with what is given; UsageError names a field that is none."""
-    if not given:
-        return GREEDY
-    known = SamplerSettings.__dataclass_fields__
-    for name in given:
-        if name not in known:
-            raise UsageError(f"{name} is no option of sampling; the options are {', '.join(known)}")
-    # Notebooks compute them: numpy's numbers are numbers.
-    return SamplerSettings(**{name: one.item() if isinstance(one, np.generic) else one for name, one in given.items()})

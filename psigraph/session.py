@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,9 +24,10 @@ from .bench.report import ENGINES
 from .bench.tuned import load_tuned
 from .build import Model, fuse, open_model
 from .codegen.lower import lower
-from .codegen.target import Target, arch_of_capability, stand_in_target, target_for
+from .codegen.target import arch_of_capability, stand_in_target, target_for
+from .gpu_choice import settled, tell_of_numpy
 from .gpu_start import GPU_BACKENDS, GpuStart
-from .ir.errors import DeviceError, UsageError
+from .ir.errors import UsageError
 from .ir.graph import Graph
 from .ir.program import Program
 from .ir.spec.model import check_cache_type
@@ -35,7 +35,6 @@ from .ir.types import CACHE_DTYPES
 from .options import DEFAULTS, Progress, SessionOptions
 from .passes.use_sampler import SAMPLER
 from .prefill import EXPLICIT, check_prefill, prefill_maker
-from .runtime.cuda.driver import OTHER_BACKENDS
 from .runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from .runtime.engine import FEWEST
 from .runtime.tables import END_TOKEN_SLOTS
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from .runtime.cuda.driver import DeviceFacts, Driver
 
 BACKENDS = ("auto", "cuda", "host", "cpu")
-STAND_IN_NAME = "psigraph host target"
 
 
 class DecodeEngine(Protocol):
@@ -343,7 +341,7 @@ class _Opener:
         self._lap("fuse_ms", began)
         if starting is not None:
             began = time.perf_counter()
-            found, reason = _settled(starting, may_fail=options.backend == "auto")
+            found, reason = settled(starting, may_fail=options.backend == "auto")
             self._lap("driver_ms", began)
             if found is not None:
                 return self._on_device("cuda", model, fused, ends, found)
@@ -464,63 +462,7 @@ class _Opener:
             self.timings[f"{name}_ms"] = 1e3 * getattr(timings, f"{name}_s")
 
 
-_told: set[str] = set()
-
-
-def tell_of_numpy(engine: DecodeEngine, reason: str) -> None:
-    """Warn, once a process, that no GPU works here, why not, and what that costs: two steps are timed."""
-    if reason in _told:
-        return
-    _told.add(reason)
-    seconds = float(engine.step_times(min(2, engine.context)).min()) / 1e6
-    engine.reset()
-    cost = f"about {1 / seconds:,.0f} tok/s" if seconds < 0.1 else f"about {1 / seconds:.1g} tok/s"
-    why = reason.replace(f", or {OTHER_BACKENDS}", "")
-    warnings.warn(f"no GPU works here ({why}): running in numpy, {cost}", stacklevel=2)
-
-
-def _settled(starting: GpuStart, may_fail: bool) -> tuple[Driver | None, str]:
-    """The started driver, or (None, why not) where another backend may take its place."""
-    try:
-        driver = starting.take()
-    except DeviceError as error:
-        if may_fail:
-            error.with_traceback(None)  # kept with the start; its frames would keep the model
-            return None, str(error)
-        raise
-    try:
-        facts = driver.facts()
-        if facts.name.startswith(STAND_IN_NAME):
-            raise DeviceError("the stand-in driver is loaded in this process; use --backend host, or a new process")
-        arch_of_capability(*facts.capability)
-    except (DeviceError, UsageError) as error:
-        driver.close()
-        if may_fail:
-            return None, str(error)
-        if isinstance(error, UsageError):
-            raise DeviceError(f"{facts.name}: {error}; {OTHER_BACKENDS}") from None
-        raise
-    return driver, ""
-
-
 def _end_tokens(model: Model) -> tuple[int, ...]:
     from .runtime.tokenizer.end_tokens import end_tokens
 
     return end_tokens(model.file)
-
-
-def present_target() -> Target | None:
-    """The target of GPU 0 of this machine, with its number of multiprocessors; None where no GPU works."""
-    try:
-        driver = gpu_start.start_driver(0)
-    except DeviceError:
-        return None
-    try:
-        facts = driver.facts()
-        if facts.name.startswith(STAND_IN_NAME):
-            return None
-        return target_for(arch_of_capability(*facts.capability), facts.sm_count)
-    except (DeviceError, UsageError):
-        return None
-    finally:
-        driver.close()

@@ -18,11 +18,12 @@ import click
 from ..ending import own_interrupts
 from ..ir.errors import DeviceError, PolicyRefusal, PsigraphError, SpecError, UsageError
 from ..options import SessionOptions
+from ..printable import printable
 from .begin_gpu import begin_gpu
 from .chat_history import history_file
 from .chat_input import History, Read, entries, reader
 from .model_argument import model_argument
-from .notes import is_quiet, printable, warn_of_file
+from .notes import is_quiet, warn_of_file
 from .options import (
     FILE_PATH,
     TOKEN_COUNT,

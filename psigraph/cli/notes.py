@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
+from ..printable import printable
+
 _TOLD = "told"  # folder beside the kernel cache: an empty file for each warning that a user has read
-_MOST_LETTERS = 20_000
 _quiet = False
 
 
@@ -33,18 +34,6 @@ def note(text: str) -> None:
 def warn(text: str) -> None:
     """A warning, in the form of all of them."""
     note(f"psigraph: warning: {printable(text)}")
-
-
-def printable(message: str, lines: bool = True) -> str:
-    """The message with control characters escaped, and not without end: names out of a model file must not drive the
-    terminal. lines: line breaks stay; else they are escaped too, since they could begin a line that is not ours."""
-    shown = message if len(message) <= _MOST_LETTERS else f"{message[:_MOST_LETTERS]} ..."
-    return "".join(
-        letter
-        if (lines and letter == "\n") or letter.isprintable()
-        else letter.encode("unicode_escape", "replace").decode("ascii")
-        for letter in shown
-    )
 
 
 def warn_of_file(path: Path, warnings: Sequence[str]) -> None:

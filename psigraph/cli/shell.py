@@ -17,9 +17,10 @@ from click.shell_completion import shell_complete
 
 from ..ending import asked
 from ..ir.errors import OutOfMemoryError, PsigraphError, SpecError
+from ..printable import printable
 from .commands import main
 from .exit_codes import CLOSED_PIPE, DEFECT, INTERRUPTED, MISSING_PACKAGE, SYSTEM
-from .notes import is_quiet, printable, set_quiet
+from .notes import is_quiet, set_quiet
 from .terminal import is_plain
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

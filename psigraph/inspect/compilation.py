@@ -30,12 +30,12 @@ from ..ir.spec.model import Binding, ModelSpec
 from ..ir.text import print_graph
 from ..ir.types import CACHE_DTYPES
 from ..passes.pipeline import PassReport
+from ..printable import one_line
 from ..runtime.cuda.compiler import CompiledKernel, compile_program
 from ..runtime.cuda.kernel_cache import KernelCache, default_cache_dir
 from ..runtime.synth.model import synth_model
 from ..runtime.whole_files import remove_stale, replace_folder, scratch_folder
 from .export import to_dot, to_json
-from .names import one_line
 from .sums import first_foreign, write_sums
 
 DEFAULT_ARCH = "sm_90a"
@@ -149,7 +149,7 @@ def gpu_target(arch: str) -> Target:
 
 def default_target() -> Target:
     """That of this machine's first GPU; sm_90a where there is none."""
-    from ..session import present_target
+    from ..gpu_choice import present_target
 
     return present_target() or target_for(DEFAULT_ARCH)
 

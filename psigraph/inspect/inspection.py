@@ -21,6 +21,7 @@ from ..ir.types import CACHE_DTYPES
 from ..medpsy.artifact import artifact_record, model_size, tensor_types
 from ..medpsy.policy import tier_of
 from ..passes.pipeline import PIPELINE
+from ..printable import one_line
 from .compilation import (
     PROGRAM_FILE,
     Built,
@@ -32,7 +33,6 @@ from .compilation import (
     program_record,
     stages_of,
 )
-from .names import one_line
 from .picture import identical_layers, longest_chain
 from .sums import Compiled
 

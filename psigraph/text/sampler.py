@@ -119,6 +119,18 @@ class SamplerSettings:
         return words
 
 
+def sampler_settings(given: dict[str, Any]) -> SamplerSettings:
+    """Greedy for nothing given, else the defaults with what is given; UsageError names a field that is none."""
+    if not given:
+        return SamplerSettings(temperature=0.0)
+    known = SamplerSettings.__dataclass_fields__
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{name} is no option of sampling; the options are {', '.join(known)}")
+    # Notebooks compute them: numpy's numbers are numbers.
+    return SamplerSettings(**{name: one.item() if isinstance(one, np.generic) else one for name, one in given.items()})
+
+
 def _within(name: str, value: float, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise UsageError(f"{name} is {_shown(value)}; it must be a number from {low:g} to {high:g}")

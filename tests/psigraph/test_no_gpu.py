@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_model import Q4
 
-from psigraph import gpu_probe, gpu_start, session
+from psigraph import gpu_choice, gpu_probe, gpu_start
 from psigraph.cli import run
 from psigraph.ir.errors import DeviceError
 from psigraph.runtime.cuda.driver import OTHER_BACKENDS, Driver
@@ -24,7 +24,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
         raise DeviceError(f"{REASON}, or {OTHER_BACKENDS}")
 
     monkeypatch.setattr(gpu_start, "start_driver", start)
-    monkeypatch.setattr(session, "_told", set())
+    monkeypatch.setattr(gpu_choice, "_told", set())
 
 
 @pytest.mark.parametrize(
@@ -58,8 +58,8 @@ def test_the_cost_is_measured(seconds: float, cost: str) -> None:
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        session.tell_of_numpy(engine, "why")
-        session.tell_of_numpy(engine, "why")
+        gpu_choice.tell_of_numpy(engine, "why")
+        gpu_choice.tell_of_numpy(engine, "why")
     (said,) = caught
     assert cost in str(said.message)
 

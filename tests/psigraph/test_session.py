@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny_model import Q4, Q8, changed, divergence, reference_greedy, reference_logits
 
-from psigraph import gpu_start
+from psigraph import gpu_choice, gpu_start
 from psigraph import session as sessions
 from psigraph.build import Model
 from psigraph.ir.errors import DeviceError, ModelFileError, PolicyRefusal, UnsupportedModelError, UsageError
@@ -65,7 +65,7 @@ def test_auto_takes_numpy_where_there_is_no_gpu_and_says_why(start: Start) -> No
 
 @pytest.mark.parametrize(
     ("name", "capability", "why"),
-    [("Old", (7, 5), "compute capability 7.5"), (sessions.STAND_IN_NAME, (9, 0), "stand-in driver")],
+    [("Old", (7, 5), "compute capability 7.5"), (gpu_choice.STAND_IN_NAME, (9, 0), "stand-in driver")],
 )
 def test_a_device_that_cannot_serve(name: str, capability: tuple[int, int], why: str, start: Start) -> None:
     drivers: list[FakeDriver] = []
@@ -81,7 +81,7 @@ def test_a_device_that_cannot_serve(name: str, capability: tuple[int, int], why:
     with pytest.raises(DeviceError, match=why):
         open_session(Q4, SessionOptions("cuda"))
     assert all(driver.closed for driver in drivers)
-    assert sessions.present_target() is None
+    assert gpu_choice.present_target() is None
 
 
 def test_nothing_stays_open_when_the_file_is_at_fault(start: Start, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_model import TINY
 
-from psigraph import gpu_start, numpy_path, session
+from psigraph import gpu_choice, gpu_start, numpy_path
 from psigraph.build import Model
 from psigraph.ir.errors import DeviceError
 
@@ -50,7 +50,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, kernel_cache: Path) -> None:
         raise DeviceError(reason)
 
     monkeypatch.setattr(gpu_start, "start_driver", start)
-    monkeypatch.setattr(session, "_told", {reason})  # once a process: tests/psigraph/test_no_gpu.py
+    monkeypatch.setattr(gpu_choice, "_told", {reason})  # once a process: tests/psigraph/test_no_gpu.py
     monkeypatch.setattr(numpy_path, "dequantized", dequantized_once)
     monkeypatch.setenv("PSIGRAPH_CACHE_DIR", str(kernel_cache))
     shutil.rmtree(kernel_cache / "told", ignore_errors=True)  # every test is a first run

@@ -15,9 +15,9 @@ from tiny_model import Q4
 import psigraph.cli
 from psigraph.cli import COMMANDS, main, run
 from psigraph.cli.exit_codes import EXIT_CODES
-from psigraph.cli.shell import printable
 from psigraph.ir import errors
 from psigraph.ir.types import CACHE_DTYPES
+from psigraph.printable import printable
 
 CLI = Path(psigraph.cli.__file__).parent
 
