@@ -403,7 +403,8 @@ class LanguageModel:
             self._decoder.session.close()
 
     def __enter__(self) -> LanguageModel:
-        return self
+        with self._asked():
+            return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

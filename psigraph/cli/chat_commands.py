@@ -167,10 +167,10 @@ def _regen(chat: Chat, _: str) -> str:
 
 def _drop(chat: Chat, rest: str) -> str:
     conversation = chat.conversation
-    if rest and not (rest.isascii() and rest.isdigit() and 1 <= int(rest[:9]) <= len(conversation.questions)):
-        raise UsageError(f"/drop {rest[:20]}: give a number of turns from 1 to {len(conversation.questions)}")
     if not conversation.questions:
         raise UsageError("/drop: there is no turn to leave out")
+    if rest and not (rest.isascii() and rest.isdigit() and 1 <= int(rest[:9]) <= len(conversation.questions)):
+        raise UsageError(f"/drop {rest[:20]}: give a number of turns from 1 to {len(conversation.questions)}")
     chat.question, in_the_way = chat.unanswered or (None, 0)
     dropped = conversation.drop(int(rest) if rest else in_the_way or conversation.turns_in_the_way("") or 1)
     chat.unanswered = None

@@ -418,7 +418,7 @@ def _check_ranges(file: GgufFile) -> None:
             kind = "an integer" if isinstance(low, int) else "a number"
             raise ModelFileError(f"{quoted(str(value))} is not {kind}", key, file.value_offsets[key])
         if not low <= value <= high:  # false for NaN too
-            raise ModelFileError(f"{value} is outside {low:g} to {high:g}", key, file.value_offsets[key])
+            raise ModelFileError(f"{value} is outside {low} to {high}", key, file.value_offsets[key])
 
 
 def _refuse_split_name(path: Path) -> None:
