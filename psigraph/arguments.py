@@ -15,9 +15,11 @@ from .options import SessionOptions
 _WORDS = (
     (re.compile("`psigraph generate` without --chat"), "`generate`"),
     (re.compile("--prompt-token-ids"), "a prompt of ids"),
+    (re.compile("--template-var\\b"), "template_vars"),
+    (re.compile(r" \(--rope-scale\)"), ""),
     (
         re.compile(
-            "--(allow-blocked-quantization|arch|backend|ctx|device|expect-sha256|kv-type|logprobs|max-new-tokens|out|"
+            "--(allow-blocked-quantization|arch|backend|chat-template|ctx|device|expect-sha256|kv-type|logprobs|max-new-tokens|out|"
             "policy|prefill|stop|thinking)\\b"
         ),
         lambda found: found[1].replace("-", "_"),

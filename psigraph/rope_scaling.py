@@ -22,11 +22,11 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UsageError(f"--rope-scaling {self.kind}: choose one of {', '.join(KINDS)}")
+            raise UsageError(f"rope scaling {self.kind}: choose one of {', '.join(KINDS)}")
         if self.kind == "none" and self.scale != 1:
-            raise UsageError("--rope-scaling none stretches nothing; leave --rope-scale out")
+            raise UsageError("rope scaling none stretches nothing; leave the scale (--rope-scale) out")
         if self.kind != "none" and not 1 < self.scale <= 1024:
-            raise UsageError(f"--rope-scaling {self.kind}: give --rope-scale N, above 1 and at most 1024")
+            raise UsageError(f"rope scaling {self.kind}: give a scale (--rope-scale) above 1, at most 1024")
 
 
 def rope_scaling(kind: str | None, scale: float | None) -> RopeScaling | None:

@@ -369,9 +369,9 @@ def test_positions_are_stretched_by_an_option(nano: Path, changed: Any) -> None:
     ("given", "said"),
     [
         (["--rope-scale", "4"], "--rope-scale 4: give --rope-scaling yarn or linear with it"),
-        (["--rope-scaling", "yarn"], "give --rope-scale N"),
-        (["--rope-scaling", "yarn", "--rope-scale", "nan"], "give --rope-scale N"),
-        (["--rope-scaling", "none", "--rope-scale", "2"], "leave --rope-scale out"),
+        (["--rope-scaling", "yarn"], "give a scale (--rope-scale) above 1"),
+        (["--rope-scaling", "yarn", "--rope-scale", "nan"], "give a scale (--rope-scale) above 1"),
+        (["--rope-scaling", "none", "--rope-scale", "2"], "leave the scale (--rope-scale) out"),
     ],
 )
 def test_options_of_stretching_go_together(
@@ -389,5 +389,5 @@ def test_a_stretched_context_by_the_command_line(nano: Path, capsys: pytest.Capt
 
 def test_bad_scales_are_usage_errors() -> None:
     for kind, scale in (("dynamic", 2.0), ("linear", 1.0), ("yarn", 1e9)):
-        with pytest.raises(UsageError, match="--rope-scaling"):
+        with pytest.raises(UsageError, match="rope scaling"):
             RopeScaling(kind, scale)

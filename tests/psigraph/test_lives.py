@@ -276,6 +276,11 @@ def test_paths_and_biases_of_a_wrong_type(numpy_model: LanguageModel) -> None:
         (lambda path: psigraph.load(path, "cpu", kv_type="q4"), "^kv_type q4: choose"),
         (lambda path: psigraph.load(path, "cpu", expect_sha256="x"), "^expect_sha256 x: give"),
         (lambda path: psigraph.compile(path, arches=["sm_1"]), "^arch sm_1: unknown"),
+        (lambda path: psigraph.load(path, "cpu", chat_template=" "), "^chat_template: the name is empty"),
+        (
+            lambda path: psigraph.load(path, "cpu", template_vars={"none": 1}).chat([{"role": "user", "content": "a"}]),
+            "^template_vars none: ",
+        ),
         (lambda path: loaded(path, "cpu").generate([1] * 49), r"or give a larger ctx \(up to 64\)$"),
         (lambda path: loaded(path, "cpu").logits([1] * 49), "give a larger ctx$"),
         (
