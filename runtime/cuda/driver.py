@@ -229,9 +229,10 @@ class Driver:
         return HostMemory(self, nbytes)
 
     def close(self) -> None:
-        if self._retained:
-            self.give_back("cuDevicePrimaryCtxRelease", self.device)
-            self._retained = False
+        if self._retained and not self.forked:
+            with suppress(DeviceError):  # not by `give_back`: what could not be made current must be released too
+                self._call("cuDevicePrimaryCtxRelease", self.device)
+        self._retained = False
 
     def __enter__(self) -> Driver:
         return self
