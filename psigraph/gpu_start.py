@@ -67,7 +67,7 @@ def start_driver(device: int) -> Driver:
 
 def _wake_driver() -> None:
     """Let the driver initialize; what is wrong with it, `start_driver` finds again and says."""
-    with suppress(ImportError, RuntimeError, ValueError):  # ValueError: a code that the bindings have no name for
+    with suppress(ImportError, RuntimeError, KeyError, ValueError):  # the last two: a code without a name
         from cuda.bindings import driver
 
         driver.cuInit(0)

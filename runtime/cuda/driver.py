@@ -118,8 +118,8 @@ class Driver:
     def _call(self, name: str, *args: Any) -> Any:
         try:
             status, *results = getattr(self.api, name)(*args)
-        except ValueError as error:  # the bindings' own word for a code that their version has no name for
-            unnamed = re.match(r"(\d+) is not a valid CUresult", str(error))
+        except (KeyError, ValueError) as error:  # the bindings' words for a code that their version has no name for
+            unnamed = re.match(r"(\d+)( is not a valid CUresult|$)", str(error))
             if unnamed is None:
                 raise
             raise DeviceError(

@@ -127,7 +127,7 @@ def test_commands_that_other_chats_have(
             f"loaded: {mine}, 0 messages", "psigraph: /load ~no-such-user/x: there is no such home folder", "top_k 0",
             "ctx 64", "psigraph: ctx is '0'; give a number of tokens from 1 to 2,048", "psigraph: ctx is '2049'",
             "ctx 64", "psigraph: --thinking off: the model's chat template cannot", "thinking none",
-            "psigraph: /drop 2", "  /help",
+            "psigraph: /drop: there is no turn", "  /help",
         ],
         strict=False,
     ):  # fmt: skip
