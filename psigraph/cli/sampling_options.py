@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
 
-Command = Callable[..., Any]
+from .options import Command
 
 if TYPE_CHECKING:
     _Bias = click.ParamType[tuple[tuple[int, float], ...]]

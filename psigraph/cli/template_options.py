@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-Command = Callable[..., Any]
+from .options import Command
 
 
 def _text(context: click.Context, option: click.Parameter, value: str | None) -> str | None:

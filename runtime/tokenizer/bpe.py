@@ -20,11 +20,11 @@ import numpy as np
 from ...ir.errors import UsageError
 from ..gguf.file import GgufFile
 from .byte_letters import BYTE_OF_LETTER
-from .end_tokens import PREFIX, broken, end_tokens, token_id
+from .end_tokens import CONTROL, PREFIX, broken, end_tokens, token_id
 from .panics import as_error
 from .special_tokens import SpecialTokens
 from .splits import PIECE, pieces
-from .vocabulary import CONTROL, build, read_kinds, read_tokens, require_kind
+from .vocabulary import build, read_kinds, read_tokens, require_kind
 
 
 class Tokenizer:

@@ -13,7 +13,7 @@ from ..gguf.file import GgufFile
 from ..gguf.strings import StringArray
 
 PREFIX = "tokenizer.ggml."
-_CONTROL, _USER_DEFINED = 3, 4  # kinds of tokens in `tokenizer.ggml.token_type`
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # kinds of tokens in `tokenizer.ggml.token_type`
 
 # Control tokens of these texts end a text or a turn, whatever key names them. A fine-tune of a base model often names
 # one (<|endoftext|>) and ends its turns with another (<|im_end|>).
@@ -94,7 +94,7 @@ def opening_token(file: GgufFile, text: str) -> int | None:
     tokens = _tokens(file)
     if not text:
         return None
-    found = [index for index in _of_kind(file, tokens, (_CONTROL, _USER_DEFINED)) if _begins(text, tokens[index])]
+    found = [index for index in _of_kind(file, tokens, (CONTROL, USER_DEFINED)) if _begins(text, tokens[index])]
     return max(found, key=lambda index: len(tokens[index]), default=None)
 
 
@@ -121,7 +121,7 @@ def _by_key(file: GgufFile, count: int) -> Iterator[tuple[int, str]]:
 
 
 def _by_text(file: GgufFile, tokens: Sequence[str]) -> Iterator[tuple[int, str]]:
-    return ((index, BY_TEXT) for index in _of_kind(file, tokens, (_CONTROL,)) if tokens[index] in END_TEXTS)
+    return ((index, BY_TEXT) for index in _of_kind(file, tokens, (CONTROL,)) if tokens[index] in END_TEXTS)
 
 
 def _of_kind(file: GgufFile, tokens: Sequence[str], kinds: Sequence[int]) -> Sequence[int]:

@@ -16,7 +16,7 @@ from ...ir.errors import ModelFileError, UnsupportedModelError
 from ..gguf.file import GgufFile
 from ..gguf.strings import StringArray
 from .byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
-from .end_tokens import PREFIX, broken
+from .end_tokens import CONTROL, NORMAL, PREFIX, UNKNOWN, USER_DEFINED, broken
 from .panics import as_error
 from .special_tokens import MAX_LETTERS
 from .splits import split_rule
@@ -28,7 +28,6 @@ MAX_MERGES = 3 << 16
 
 _WITHOUT = "Token ids (--prompt-token-ids) work without a tokenizer"
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 LITERAL = (UNKNOWN, CONTROL, USER_DEFINED)
 """Kinds of tokens that stand for their own text, and are found in a text before it is split."""
 

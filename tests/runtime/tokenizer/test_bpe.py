@@ -3,14 +3,13 @@
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
+from tokenizer_file import a_file
 
 from psigraph.ir.errors import ModelFileError, UnsupportedModelError, UsageError
-from psigraph.runtime.gguf.file import open_gguf
 from psigraph.runtime.tokenizer.bpe import Tokenizer
 from psigraph.runtime.tokenizer.byte_letters import BYTE_LETTERS, BYTE_OF_LETTER
 from psigraph.runtime.tokenizer.end_tokens import BY_TEMPLATE, BY_TEXT, END_TEXTS, end_tokens, named_end_tokens
@@ -22,24 +21,6 @@ PIECES = [
     "1", "2026", "²", "😀", "👩‍👩‍👧", "汉字",
     "'s", "'LL", "’s", "...", "!?", "<|im_end|>", "<|im_start|>", "<|im_", "|>", "\0", "\ufeff", "ß", "İ", "ſ",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def metadata():
-    with open_gguf(TINY / "tiny-qwen3-q4_k_m.gguf") as file:
-        return file.metadata
-
-
-def a_file(metadata, **changes):
-    """What a Tokenizer reads of a model file; a change to None removes the key `tokenizer.ggml.<name>`."""
-    changed = metadata | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
-    kept = {key: value for key, value in changed.items() if value is not None}
-    return SimpleNamespace(metadata=kept, value_offsets=dict.fromkeys(kept, 77))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(metadata):
-    return Tokenizer(a_file(metadata))
 
 
 @pytest.fixture(scope="module")

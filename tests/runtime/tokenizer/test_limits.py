@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import random
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tokenizers
-from shipped import TINY
+from tokenizer_file import a_file
 
 from psigraph.ir.errors import ModelFileError, UnsupportedModelError, UsageError
-from psigraph.runtime.gguf.file import open_gguf
 from psigraph.runtime.tokenizer import special_tokens, splits
 from psigraph.runtime.tokenizer.bpe import Tokenizer
 from psigraph.runtime.tokenizer.end_tokens import end_tokens
@@ -20,24 +18,6 @@ from psigraph.runtime.tokenizer.panics import as_error
 from psigraph.runtime.tokenizer.special_tokens import SpecialTokens
 
 MILLIONS = {"spaces": " " * 10_000_000, "tabs": "\t" * 3_000_000, "one word": "a" * 3_000_000, "dots": "." * 2_000_000}
-
-
-@pytest.fixture(scope="module")
-def metadata():
-    with open_gguf(TINY / "tiny-qwen3-q4_k_m.gguf") as file:
-        return file.metadata
-
-
-def a_file(metadata, **changes):
-    """What a Tokenizer reads of a model file; a change to None removes the key `tokenizer.ggml.<name>`."""
-    changed = metadata | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
-    kept = {key: value for key, value in changed.items() if value is not None}
-    return SimpleNamespace(metadata=kept, value_offsets=dict.fromkeys(kept, 77))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(metadata):
-    return Tokenizer(a_file(metadata))
 
 
 def warned(call):
